@@ -1,0 +1,125 @@
+"""Every setting of crane: one frozen dataclass, one field a flag and a CRANE_* variable.
+
+This is the only file that reads the environment. Precedence: flags (which
+`crane serve` turns into variables for its workers) over CRANE_* variables over
+the defaults here. Torch-free.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from crane.errors import SettingsError
+
+MODEL_TYPES = ("auto", "hunyuan", "qwen25", "qwen3", "llama")
+_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def _setting(default, help, *, choices=None, minimum=None, kind=None):
+    meta = {"help": help, "choices": choices, "minimum": minimum, "kind": kind or type(default).__name__}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings. `engine` ones shape the engine process, the rest the API workers."""
+
+    # the seed's flags, with its defaults
+    model_path: str = _setting("", "model folder, or path of a .gguf file (required)")
+    model_type: str = _setting("auto", "model architecture", choices=MODEL_TYPES)
+    model_name: str = _setting("", "name shown in the API (default: the folder's or file's name)")
+    host: str = _setting("0.0.0.0", "address to bind")
+    port: int = _setting(8080, "port to bind", minimum=0)
+    cpu: bool = _setting(False, "use the CPU even where a GPU is present")
+    max_concurrent: int = _setting(32, "sequences decoded at the same time, at most", minimum=1)
+    decode_tokens_per_seq: int = _setting(
+        16, "tokens a sequence decodes before it gives way when more want to run than fit", minimum=1
+    )
+    format: str = _setting("auto", "weight format", choices=("auto", "safetensors", "gguf"))
+    # engine
+    dtype: str = _setting("auto", "compute type", choices=("auto", "float32", "bfloat16", "float16"))
+    threads: int = _setting(0, "CPU threads of the engine (0: one per core)", minimum=0)
+    page_size: int = _setting(16, "tokens in one KV page", minimum=1)
+    kv_memory: int = _setting(0, "memory for KV pages, e.g. 2g or 500m (0: measured)", minimum=0, kind="bytes")
+    max_model_len: int = _setting(0, "longest prompt plus output in tokens (0: the model's own)", minimum=0)
+    max_step_tokens: int = _setting(512, "tokens computed in one step, at most", minimum=1)
+    max_queue: int = _setting(256, "requests waiting, at most; beyond it 429", minimum=1)
+    linger_s: float = _setting(10.0, "seconds the engine outlives its last API worker", minimum=0)
+    # API workers
+    workers: int = _setting(1, "API worker processes of `crane serve`", minimum=1)
+    engine_socket: str = _setting("", "socket of an engine to use instead of starting one")
+    max_body: int = _setting(32 << 20, "largest request body", minimum=1, kind="bytes")
+    graceful_timeout_s: int = _setting(60, "seconds running requests get after SIGTERM", minimum=0)
+    worker_swap: bool = _setting(True, "let plain `gunicorn crane.api:app` use the asgi worker")
+    log_level: str = _setting("info", "log level", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self):
+        for spec in dataclasses.fields(self):
+            _check(spec, getattr(self, spec.name))
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None, **overrides) -> "Settings":
+        """Settings from CRANE_* variables, then `overrides`. An unknown variable is an error."""
+        env = os.environ if env is None else env
+        specs = {variable(spec.name): spec for spec in dataclasses.fields(cls)}
+        values = {}
+        for name, text in env.items():
+            if not name.startswith("CRANE_"):
+                continue
+            if name not in specs:
+                raise SettingsError(f"unknown variable {name}; known: {', '.join(sorted(specs))}")
+            values[specs[name].name] = parse(specs[name], text, name)
+        return cls(**{**values, **overrides})
+
+    def to_env(self) -> dict[str, str]:
+        """The variables that make `from_env` give these settings, defaults left out."""
+        out = {}
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if value != spec.default:
+                out[variable(spec.name)] = str(int(value)) if isinstance(value, bool) else str(value)
+        return out
+
+    @property
+    def served_name(self) -> str:
+        """The model's name in the API: --model-name, else the folder's or .gguf file's name."""
+        if self.model_name:
+            return self.model_name
+        path = Path(self.model_path).resolve()
+        return path.stem if path.suffix == ".gguf" else path.name
+
+
+def variable(name: str) -> str:
+    """The environment variable of one setting."""
+    return f"CRANE_{name.upper()}"
+
+
+def parse(spec: dataclasses.Field, text: str, source: str):
+    """One setting from text. Raises SettingsError naming `source`."""
+    kind = spec.metadata["kind"]
+    try:
+        if kind == "bool":
+            return {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False,
+                    "off": False, "": False}[text.strip().lower()]
+        if kind == "bytes":
+            number, unit = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([bkmgt]?)i?b?", text.strip().lower()).groups()
+            return int(float(number) * _UNITS[unit])
+        return {"int": int, "float": float, "str": str}[kind](text)
+    except (KeyError, AttributeError, ValueError, OverflowError):
+        wanted = {"bool": "0 or 1", "bytes": "a size such as 500m or 2g", "int": "a whole number", "float": "a number"}
+        raise SettingsError(f"{source} must be {wanted[kind]}, got {text!r}") from None
+
+
+def _check(spec: dataclasses.Field, value) -> None:
+    choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]
+    if choices and value not in choices:
+        raise SettingsError(f"{variable(spec.name)} must be one of {', '.join(choices)}, got {value!r}")
+    if minimum is not None and not value >= minimum:
+        raise SettingsError(f"{variable(spec.name)} must be at least {minimum}, got {value!r}")
+    if spec.name == "page_size" and value & (value - 1):
+        raise SettingsError(f"{variable(spec.name)} must be a power of two, got {value!r}")
+    if spec.name == "port" and value > 65535:
+        raise SettingsError(f"{variable(spec.name)} must be at most 65535, got {value!r}")

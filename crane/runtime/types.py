@@ -1,0 +1,202 @@
+"""What crosses the border between API workers and the engine. Torch-free.
+
+All are msgspec Structs: immutable where they describe a wish or a fact, and
+packed as arrays, in field order, on the engine socket (see `wire`).
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+EngineStatus = Literal["starting", "loading", "ready", "draining", "failed", "lost"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How one request's tokens are chosen and when it ends. Neutral by default.
+
+    Order of application, as in transformers: repetition penalty (prompt and
+    output), frequency and presence penalty (output only), logit bias,
+    temperature, top-k, top-p on what top-k kept, min-p relative to the best.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None  # None: the engine draws one at admission
+    n: int = 1
+    stop: tuple[str, ...] = ()  # matched on text by the API side, never by the engine
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0  # no EOS, stop id or stop string before so many tokens
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: off; k: the chosen token's and the k best
+    prompt_logprobs: bool = False  # with logprobs=k: the same for every prompt token
+    skip_special_tokens: bool = True
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
+    """API to engine: start a request. `rid` is unique among live requests."""
+
+    rid: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """API to engine: end this request (any worker's), or all when rid is None."""
+
+    rid: str | None
+
+
+class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
+    """API to engine: a question, answered by `Reply` with the same id.
+
+    op: "stats".
+    """
+
+    id: int
+    op: str
+    payload: Any = None
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
+    """API to engine, first on every connection."""
+
+    protocol: int
+    pid: int
+    version: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one chosen token under the raw distribution (before
+    penalties and temperature), and the best alternatives, best first."""
+
+    logprob: float
+    top_ids: list[int] = []
+    top_logprobs: list[float] = []
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    """Counts and times of one finished choice; times in seconds."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True):
+    """What one step gave to one choice of one request.
+
+    token_ids: the new tokens; a matched EOS or stop id is included last.
+    finish_reason: None while running. matched_id: the EOS or stop id that ended it.
+    logprobs: one per new token when asked for.
+    prompt_logprobs: on the first output of choice 0 when asked for; the entry of
+        the first prompt token is None.
+    usage: on the last output. error: a message when finish_reason is "error".
+    """
+
+    rid: str
+    index: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    matched_id: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    usage: Usage | None = None
+    error: str | None = None
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """Engine to API: all outputs of one step for this connection, one message."""
+
+    outputs: list[Output]
+
+
+class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="accepted"):
+    """Engine to API: the request is queued; its outputs will follow."""
+
+    rid: str
+
+
+class Rejected(msgspec.Struct, frozen=True, array_like=True, tag="rejected"):
+    """Engine to API: the request is not taken. Fields as `errors.EngineError`."""
+
+    rid: str
+    code: str
+    message: str
+    retry_after_s: float | None = None
+
+
+class Reply(msgspec.Struct, frozen=True, array_like=True, tag="reply"):
+    """Engine to API: the answer to `Call` id. error: a message, or None."""
+
+    id: int
+    payload: Any = None
+    error: str | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What a ready engine serves. Sizes in tokens unless the name says else."""
+
+    pid: int
+    model_path: str
+    model_type: str  # "hunyuan" | "qwen25" | "qwen3" | "llama"
+    dtype: str  # "float32" | "bfloat16" | "float16"
+    device: str  # "cpu" | "cuda:0" | "mps"
+    max_model_len: int
+    vocab_size: int
+    num_pages: int
+    page_size: int
+    max_concurrent: int
+    decode_tokens_per_seq: int
+
+
+class State(msgspec.Struct, frozen=True, array_like=True, tag="state"):
+    """Engine to API: first on every connection, and again at every change.
+
+    info is set when status is "ready" or "draining". While "loading",
+    loaded_bytes of total_bytes are in place. reason explains "failed".
+    """
+
+    status: EngineStatus
+    reason: str = ""
+    info: EngineInfo | None = None
+    loaded_bytes: int = 0
+    total_bytes: int = 0
+
+
+class EngineStats(msgspec.Struct):
+    """Counters of one engine since its start; `/v1/stats` shows them as they are."""
+
+    total_requests: int = 0
+    completed_requests: int = 0
+    aborted_requests: int = 0
+    failed_requests: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    avg_decode_tokens_per_sec: float = 0.0
+    avg_prefill_tokens_per_sec: float = 0.0
+    active_sequences: int = 0
+    waiting_sequences: int = 0
+    num_pages: int = 0
+    free_pages: int = 0
+    steps: int = 0
+    uptime_s: float = 0.0
+
+
+ToEngine = Hello | Generate | Abort | Call
+ToApi = State | Accepted | Rejected | Step | Reply
