@@ -53,9 +53,13 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
-    """API to engine: end this request (any worker's), or all when rid is None."""
+    """API to engine: end this request (any worker's), or all when rid is None.
+
+    index: end this choice only, as after a stop string in one of several.
+    """
 
     rid: str | None
+    index: int | None = None
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):

@@ -1,0 +1,240 @@
+"""The request bodies: one Struct each drives parsing, validation and error messages.
+
+A field is honoured, or refused with an error that names it. Known fields that
+crane does not act on yet are declared with `_later(...)`: null and the listed
+neutral values, which ask for nothing, pass; anything else is a 400.
+"""
+
+import functools
+import re
+import typing
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from crane.errors import RequestError
+
+MAX_INT = 2**31 - 1
+MAX_CHOICES = 1024  # prompts x n of one request
+
+
+def _later(*neutral):
+    return Annotated[Any, Meta(extra={"neutral": neutral})]
+
+
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
+StopText = Annotated[str, Meta(min_length=1, max_length=1000)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+
+
+class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A JSON object without unknown fields."""
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: _later(False) = None
+
+
+class GenerateBody(Body):
+    """What /v1/chat/completions and /v1/completions have in common."""
+
+    model: str | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None  # 0 is greedy
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=MAX_INT)] | None = None  # -1 and 0 are off
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Bias] | None = None  # keys are token ids
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    stop: StopText | Annotated[list[StopText], Meta(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_INT)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # these label a request and change nothing in its answer
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: _later("auto", "default") = None
+    store: _later(False) = None
+
+
+class Function(Body):
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(Body):
+    function: Function
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None  # clients that join stream deltas send it back
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    # present in answers that clients send back as they got them
+    refusal: _later("") = None
+    annotations: _later([]) = None
+    audio: _later() = None
+    function_call: _later() = None
+
+
+class ChatBody(GenerateBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_INT)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    parallel_tool_calls: bool | None = None  # without tools there is nothing to run in parallel
+    tools: _later([]) = None
+    tool_choice: _later("none", "auto") = None
+    functions: _later([]) = None
+    function_call: _later("none", "auto") = None
+    response_format: _later({"type": "text"}) = None
+    reasoning_effort: _later() = None
+    verbosity: _later("medium") = None
+    modalities: _later(["text"]) = None
+    audio: _later() = None
+    prediction: _later() = None
+    moderation: _later() = None
+    web_search_options: _later() = None
+    prompt_cache_options: _later() = None
+
+
+class CompletionBody(GenerateBody):
+    """POST /v1/completions. prompt: text, token ids, or a list of either."""
+
+    prompt: str | Annotated[list[str | int | list[TokenId]], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT)] | None = None  # 0 only with echo
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
+    suffix: _later() = None
+
+
+class TokenizeBody(Body):
+    """POST /v1/tokenize: exactly one of text, prompt, messages."""
+
+    model: str | None = None
+    text: str | list[str] | None = None
+    prompt: str | list[str] | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    add_special_tokens: bool | None = None  # default: true for text, false for messages
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+    tools: _later([]) = None
+
+
+class DetokenizeBody(Body):
+    """POST /v1/detokenize: token ids, or a list of such lists."""
+
+    tokens: list[int | list[TokenId]]
+    model: str | None = None
+    skip_special_tokens: bool | None = None
+
+
+def decode(kind: type, raw: bytes):
+    """`raw` as a `kind`. Raises RequestError naming the field, what was expected and what came."""
+    try:
+        body = _decoder(kind).decode(raw)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error), raw) from None
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(_why_not_json(raw, error)) from None
+    refuse_unsupported(body)
+    return body
+
+
+def refuse_unsupported(body: Body, path: str = "") -> None:
+    """Raises RequestError for the first field, here or deeper, that asks for what crane cannot do yet."""
+    neutral = _neutral_values(type(body))
+    for name in body.__struct_fields__:
+        value = getattr(body, name)
+        if value is None:
+            continue
+        if name in neutral and value not in neutral[name]:
+            raise RequestError(f"{path}{name} is not supported yet", field=path + name, code="unsupported_parameter")
+        if isinstance(value, Body):
+            refuse_unsupported(value, f"{path}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Body):
+            for i, item in enumerate(value):
+                refuse_unsupported(item, f"{path}{name}[{i}].")
+
+
+@functools.cache
+def _decoder(kind: type) -> msgspec.json.Decoder:
+    return msgspec.json.Decoder(kind)
+
+
+@functools.cache
+def _neutral_values(kind: type) -> dict[str, tuple]:
+    found = {}
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        for meta in getattr(hint, "__metadata__", ()):
+            if meta.extra and "neutral" in meta.extra:
+                found[name] = meta.extra["neutral"]
+    return found
+
+
+def _why_not_json(raw: bytes, error: Exception) -> str:
+    if not raw.strip():
+        return "the body is empty: expected a JSON object"
+    if isinstance(error, UnicodeDecodeError):
+        return "the body is not valid UTF-8"
+    if re.search(rb"\\u[dD][89a-fA-F]", raw):
+        return f"the body is not valid JSON: {error} (half of a surrogate pair is not text)"
+    return f"the body is not valid JSON: {error}"
+
+
+def _invalid(message: str, raw: bytes) -> RequestError:
+    """A RequestError from msgspec's "Expected `int`, got `str` - at `$.n`" and its kin."""
+    what, _, where = message.partition(" - at `$")
+    path = where.rstrip("`").lstrip(".")
+    match = re.fullmatch(r"Object (?:contains unknown|missing required) field `(.*)`", what, re.DOTALL)
+    if match:
+        name = f"{path}.{match[1]}" if path else match[1]
+        kind = "unknown field" if "unknown" in what else "missing field"
+        return RequestError(f"{kind} {name!r}", field=name, code=kind.replace(" ", "_"))
+    what = what[:1].lower() + what[1:]
+    if "got" not in what:
+        what += _got(raw, path)
+    subject = path or "the body"
+    return RequestError(f"{subject}: {what}", field=path or None, code="invalid_value")
+
+
+def _got(raw: bytes, path: str) -> str:
+    """", got X" for the value at `path`, or nothing when the path has no address."""
+    try:
+        value = msgspec.json.decode(raw)
+        for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
+            value = value[int(index)] if index else value[key]
+    except (msgspec.MsgspecError, KeyError, IndexError, TypeError, RecursionError):
+        return ""
+    text = repr(value)
+    return f", got {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,0 +1,128 @@
+"""OpenAI's text completions: prompts as they are, without a chat template."""
+
+import msgspec
+
+from crane.api.bodies import CompletionBody, decode
+from crane.api.endpoint import Context, Endpoint, Request
+from crane.api.generation import BaseGeneration, Choice, Prompt
+from crane.api.logprobs import LegacyLogprobs, num_characters
+from crane.api.sampling import fit, sampling_params
+from crane.api.sse import json_text
+from crane.errors import RequestError
+from crane.runtime.text import Delta
+from crane.runtime.types import Output
+
+_json = msgspec.json.Encoder().encode
+
+
+class CompletionGeneration(BaseGeneration):
+    """The answer to one /v1/completions request."""
+
+    id_prefix = "cmpl-"
+    chunk_object = full_object = "text_completion"
+
+    def __init__(self, context: Context, body: CompletionBody, prompts: list[Prompt]):
+        super().__init__(context, body, prompts)
+        self._echo = bool(body.echo)
+        self._logprobs = body.logprobs is not None
+        self._legacy = {choice.index: LegacyLogprobs(self.tokenizer) for choice in self.choices if self._logprobs}
+        self._held: dict[str, list[tuple[Choice, Output]]] = {}
+
+    def _push(self, choice: Choice, output: Output) -> bytes:
+        """As the base, but no choice starts before its prompt's log-probabilities are there to echo."""
+        prompt = choice.prompt
+        if not (self._echo and self._logprobs) or prompt.logprobs is not None:
+            return super()._push(choice, output)
+        held = self._held.setdefault(output.rid, [])
+        if output.prompt_logprobs is None:
+            if output.index == 0:
+                return self._fail("the engine sent no log-probabilities of the prompt")
+            held.append((choice, output))
+            return b""
+        prompt.logprobs = output.prompt_logprobs
+        waiting = [(choice, output), *self._held.pop(output.rid)]
+        return b"".join([super(CompletionGeneration, self)._push(*each) for each in waiting])
+
+    def _frames(self, choice: Choice, delta: Delta) -> bytes:
+        text, logprobs = delta.text, None
+        if self._logprobs and delta.logprobs:
+            logprobs = self._shape(choice, delta.token_ids, delta.logprobs)
+        if self._echo and not choice.started:
+            text = choice.prompt.text + text
+            if self._logprobs and logprobs is None:
+                logprobs = self._shape(choice, [], [])
+        choice.started = True
+        if not text and logprobs is None and choice.finish_reason is None:
+            return b""
+        return self._chunk(
+            b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}'
+            % (choice.index, json_text(text), _json(logprobs), _json(choice.finish_reason))
+        )
+
+    def _final(self, choice: Choice) -> dict:
+        logprobs = None
+        if self._logprobs:
+            logprobs = self._shape(choice, choice.text.token_ids, choice.logprobs)
+        return {
+            "index": choice.index,
+            "text": (choice.prompt.text if self._echo else "") + choice.text.text,
+            "logprobs": logprobs,
+            "finish_reason": choice.finish_reason,
+        }
+
+    def _shape(self, choice: Choice, token_ids: list[int], entries: list) -> dict:
+        """Log-probabilities of the next tokens; before a choice's first ones, its echoed prompt's."""
+        shaped = self._legacy[choice.index].shape(token_ids, entries) if choice.started or not self._echo else None
+        if shaped is not None:
+            return shaped
+        prompt = choice.prompt
+        special = self.tokenizer.special_ids
+        raw = b"".join(self.tokenizer.token_bytes(i) for i in prompt.ids if i not in special)
+        shift = max(num_characters(raw) - len(prompt.text), 0)
+        first = self._legacy[choice.index].shape(prompt.ids, prompt.logprobs, shift)
+        rest = self._legacy[choice.index].shape(token_ids, entries)
+        return {name: first[name] + rest[name] for name in first}
+
+
+def completions(context: Context, request: Request) -> CompletionGeneration:
+    body = decode(CompletionBody, request.body)
+    model = context.model
+    model.check_name(body.model)
+    n = body.n or 1
+    if body.best_of is not None and body.best_of != n:
+        raise RequestError(f"best_of: expected the same as n ({n}), got {body.best_of}", field="best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise RequestError("max_tokens: expected at least 1 without echo, got 0", field="max_tokens")
+    # max_tokens 0 scores the prompt: the engine does that as prompt log-probabilities, asked for or not
+    scoring = bool(body.echo) and (body.logprobs is not None or body.max_tokens == 0)
+    sampling = sampling_params(
+        body,
+        context,
+        body.max_tokens,
+        logprobs=(body.logprobs or 0) if scoring else body.logprobs,
+        prompt_logprobs=scoring,
+    )
+    prompts = []
+    for text, ids in _prompts(body, context):
+        fitted = fit(sampling, len(ids), context.max_model_len, "prompt")
+        prompts.append(Prompt(ids, fitted, text=text))
+    return CompletionGeneration(context, body, prompts)
+
+
+def _prompts(body: CompletionBody, context: Context) -> list[tuple[str, list[int]]]:
+    """Text (needed for echo only) and ids of each prompt."""
+    given, model = body.prompt, context.model
+    if isinstance(given, str):
+        given = [given]
+    kinds = {type(item) for item in given}
+    if len(kinds) != 1:
+        raise RequestError("prompt: expected strings, token ids or lists of token ids, got a mixture", field="prompt")
+    if kinds == {str}:
+        return list(zip(given, (model.tokenizer.encode(text) for text in given)))
+    lists = [given] if kinds == {int} else given
+    for i, ids in enumerate(lists):
+        model.check_ids(ids, "prompt" if kinds == {int} else f"prompt[{i}]")
+    return [(model.tokenizer.decode(ids) if body.echo else "", ids) for ids in lists]
+
+
+ENDPOINTS = (Endpoint("POST", "/v1/completions", completions),)

@@ -1,0 +1,106 @@
+"""What an endpoint is: a pure function from a Request to one of three answers.
+
+    Reply        the answer is known already
+    Question     one question to the engine, and how to render its reply
+    Generation   requests for the engine, and how their outputs become bytes
+
+Endpoints do no I/O and know neither sockets nor event loops; `drivers` carries
+out what they ask for, once for ASGI and once for WSGI.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from crane.api.served import ServedModel
+from crane.runtime.settings import Settings
+from crane.runtime.types import Generate, Output, State
+
+JSON = "application/json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One HTTP request, body read. `params` are the fields of the route's path."""
+
+    method: str
+    path: str
+    params: Mapping[str, str]
+    query: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One HTTP response; `body` is JSON unless the headers say otherwise."""
+
+    body: bytes
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A `Call` to the engine. render: its payload -> Reply."""
+
+    op: str
+    render: Callable[[Any], Reply]
+    payload: Any = None
+
+
+class Generation(Protocol):
+    """Outputs in, bytes out, for one HTTP request. See `generation.BaseGeneration`.
+
+    stream: whether the client wants events. failed: set when the engine broke it.
+    """
+
+    requests: list[Generate]
+    stream: bool
+
+    @property
+    def finished(self) -> bool: ...
+
+    def start(self) -> bytes:
+        """The frames that precede any output."""
+
+    def feed(self, outputs: list[Output]) -> bytes:
+        """The frames that `outputs` complete (b"" when none, or when not streaming)."""
+
+    def take_aborts(self) -> list[str]:
+        """Requests that need no more tokens although the engine still makes them."""
+
+    def finish(self) -> bytes:
+        """The frames that end the stream."""
+
+    def body(self) -> bytes:
+        """The whole answer, when not streaming. Raises EngineError if the engine broke it."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an endpoint may know. model: as this worker loaded it; state: the engine's latest."""
+
+    settings: Settings
+    model: ServedModel
+    state: State
+
+    @property
+    def max_model_len(self) -> int:
+        """The engine's own limit, or before it is ready what the files and settings say."""
+        if self.state.info is not None:
+            return self.state.info.max_model_len
+        limit = self.model.config.max_position
+        return min(limit, self.settings.max_model_len) if self.settings.max_model_len else limit
+
+
+Answer = Reply | Question | Generation
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One route. needs: "nothing" | "model" (tokenizer, template) | "engine" (ready)."""
+
+    method: str
+    path: str
+    run: Callable[[Context, Request], Answer]
+    needs: str = "engine"

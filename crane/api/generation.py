@@ -1,0 +1,192 @@
+"""From engine outputs to response bytes, without I/O: what all generating endpoints share.
+
+A generation has prompts (one engine request each) and, per prompt, n choices.
+Choice `prompt_i * n + j` is output j of request i. A subclass says how a delta
+and a finished choice look in its dialect.
+"""
+
+import time
+import uuid
+from dataclasses import dataclass, field
+
+import msgspec
+
+from crane.api import sse
+from crane.api.bodies import MAX_CHOICES, GenerateBody
+from crane.api.endpoint import Context
+from crane.api.errors import error_frame
+from crane.errors import EngineError, RequestError
+from crane.runtime.text import Delta, TextStream
+from crane.runtime.types import Generate, Output, SamplingParams, TokenLogprob
+
+_json = msgspec.json.Encoder().encode
+
+
+@dataclass
+class Prompt:
+    """One prompt of a request. text: as echoed. logprobs: of its tokens, once they came."""
+
+    ids: list[int]
+    sampling: SamplingParams
+    text: str = ""
+    logprobs: list[TokenLogprob | None] | None = None
+    cached_tokens: int = 0
+    num_open: int = 0  # choices whose answer is not complete
+    num_running: int = 0  # choices that the engine still works on
+
+
+@dataclass
+class Choice:
+    """One answer in the making. started: a frame of it was sent."""
+
+    index: int
+    prompt: Prompt
+    text: TextStream
+    finish_reason: str | None = None
+    engine_done: bool = False
+    started: bool = False
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class BaseGeneration:
+    """See `endpoint.Generation`. Written by one driver; `failed` is the EngineError that broke it."""
+
+    id_prefix = ""
+    chunk_object = ""
+    full_object = ""
+
+    def __init__(self, context: Context, body: GenerateBody, prompts: list[Prompt]):
+        num_choices = sum(prompt.sampling.n for prompt in prompts)
+        if num_choices > MAX_CHOICES:
+            raise RequestError(
+                f"n: expected at most {MAX_CHOICES} choices over all prompts, got {num_choices}", field="n"
+            )
+        self.model = context.model
+        self.tokenizer = context.model.tokenizer
+        self.prompts = prompts
+        self.id = self.id_prefix + uuid.uuid4().hex
+        self.created = int(time.time())
+        self.stream = bool(body.stream)
+        self.failed: EngineError | None = None
+        options = body.stream_options
+        self._include_usage = bool(options and options.include_usage)
+        self._continuous_usage = bool(options and options.continuous_usage_stats)
+        self._aborts: list[str] = []
+        self.requests: list[Generate] = []
+        self.choices: list[Choice] = []
+        self._by_output: dict[tuple[str, int], Choice] = {}
+        for i, prompt in enumerate(prompts):
+            rid = self.id if len(prompts) == 1 else f"{self.id}-{i}"
+            self.requests.append(Generate(rid, prompt.ids, prompt.sampling))
+            prompt.num_open = prompt.num_running = prompt.sampling.n
+            for j in range(prompt.sampling.n):
+                choice = Choice(len(self.choices), prompt, TextStream(self.tokenizer, prompt.sampling))
+                self.choices.append(choice)
+                self._by_output[rid, j] = choice
+        self._num_open = num_choices
+        head = {"id": self.id, "object": self.chunk_object, "created": self.created, "model": self.model.name}
+        self._head = b"data: " + _json(head)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
+
+    @property
+    def finished(self) -> bool:
+        return self._num_open == 0 or self.failed is not None
+
+    def start(self) -> bytes:
+        return b""
+
+    def feed(self, outputs: list[Output]) -> bytes:
+        frames = []
+        for output in outputs:
+            if self.failed is not None:
+                break
+            choice = self._by_output.get((output.rid, output.index))
+            if choice is None:
+                continue
+            if output.usage is not None:
+                choice.prompt.cached_tokens = max(choice.prompt.cached_tokens, output.usage.cached_tokens)
+            if output.finish_reason is not None and not choice.engine_done:
+                choice.engine_done = True
+                choice.prompt.num_running -= 1
+            if choice.finish_reason is not None:
+                continue  # its stop string came up; what the engine adds is not part of the answer
+            if output.finish_reason == "error":
+                frames.append(self._fail(output.error or "the engine failed"))
+            else:
+                frames.append(self._push(choice, output))
+        return b"".join(frames)
+
+    def take_aborts(self) -> list[str]:
+        aborts, self._aborts = self._aborts, []
+        return aborts
+
+    def finish(self) -> bytes:
+        if self.failed is not None:
+            return b""
+        usage = self._usage_frame() if self._include_usage else b""
+        return usage + sse.DONE
+
+    def body(self) -> bytes:
+        if self.failed is not None:
+            raise self.failed
+        return _json(
+            {
+                "id": self.id,
+                "object": self.full_object,
+                "created": self.created,
+                "model": self.model.name,
+                "choices": [self._final(choice) for choice in self.choices],
+                "usage": self.usage(),
+            }
+        )
+
+    def usage(self) -> dict:
+        """Token counts so far; every prompt counts once, however many choices it has."""
+        num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
+        num_completion = sum(len(choice.text.token_ids) for choice in self.choices)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_completion,
+            "total_tokens": num_prompt + num_completion,
+            "prompt_tokens_details": {"cached_tokens": sum(prompt.cached_tokens for prompt in self.prompts)},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        }
+
+    def _push(self, choice: Choice, output: Output) -> bytes:
+        """One output of one open choice, as frames when streaming."""
+        delta = choice.text.push(output)
+        if delta.finish_reason is not None:
+            choice.finish_reason = delta.finish_reason
+            self._close(choice)
+        if self.stream:
+            return self._frames(choice, delta)
+        if delta.logprobs:
+            choice.logprobs.extend(delta.logprobs)
+        return b""
+
+    def _close(self, choice: Choice) -> None:
+        prompt = choice.prompt
+        self._num_open -= 1
+        prompt.num_open -= 1
+        if prompt.num_open == 0 and prompt.num_running > 0:
+            self._aborts.append(self.requests[self.prompts.index(prompt)].rid)
+
+    def _fail(self, message: str) -> bytes:
+        lost = message.startswith("engine_lost")
+        self.failed = EngineError("lost" if lost else "internal", message)
+        return error_frame(self.failed) if self.stream else b""
+
+    def _chunk(self, choice: bytes) -> bytes:
+        """A frame with one choice, given as JSON."""
+        if self._continuous_usage:
+            return self._head + choice + b'],"usage":' + _json(self.usage()) + b"}\n\n"
+        return self._head + choice + self._tail
+
+    def _usage_frame(self) -> bytes:
+        return self._head + b'],"usage":' + _json(self.usage()) + b"}\n\n"
+
+    def _frames(self, choice: Choice, delta: Delta) -> bytes:
+        raise NotImplementedError
+
+    def _final(self, choice: Choice) -> dict:
+        raise NotImplementedError

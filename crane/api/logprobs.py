@@ -1,0 +1,76 @@
+"""Log-probabilities in the two shapes of OpenAI's API."""
+
+from crane.models.tokenizer import Tokenizer
+from crane.runtime.types import TokenLogprob
+
+_LOWEST = -9999.0  # stands for minus infinity, which JSON cannot say
+
+
+def chat_logprobs(tokenizer: Tokenizer, token_ids: list[int], entries: list[TokenLogprob]) -> dict:
+    """`choices[].logprobs` of a chat completion, for the tokens that one chunk covers."""
+    return {
+        "content": [
+            {
+                **_chat_token(tokenizer, token_id, entry.logprob),
+                "top_logprobs": [
+                    _chat_token(tokenizer, top_id, logprob)
+                    for top_id, logprob in zip(entry.top_ids, entry.top_logprobs)
+                ],
+            }
+            for token_id, entry in zip(token_ids, entries, strict=True)
+        ],
+        "refusal": None,
+    }
+
+
+class LegacyLogprobs:
+    """`choices[].logprobs` of a text completion, over one choice from its first token on.
+
+    Offsets count characters of the choice's text. They are counted on bytes, so a
+    character split over several tokens has one offset.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._special = tokenizer.special_ids
+        self._offset = 0
+
+    def shape(self, token_ids: list[int], entries: list[TokenLogprob | None], shift: int = 0) -> dict:
+        """The next tokens. An entry of None (the first prompt token) has no log-probability.
+
+        shift: characters that the text lacks against the tokens' bytes, such as the
+        space that SentencePiece puts in front.
+        """
+        tokens, offsets, logprobs, tops = [], [], [], []
+        for token_id, entry in zip(token_ids, entries, strict=True):
+            tokens.append(legacy_token(self._tokenizer, token_id))
+            offsets.append(max(self._offset - shift, 0))
+            if token_id not in self._special:
+                self._offset += num_characters(self._tokenizer.token_bytes(token_id))
+            logprobs.append(None if entry is None else max(entry.logprob, _LOWEST))
+            tops.append(None if entry is None else self._top(token_id, entry))
+        self._offset = max(self._offset - shift, 0)
+        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+    def _top(self, token_id: int, entry: TokenLogprob) -> dict[str, float]:
+        pairs = [*zip(entry.top_ids, entry.top_logprobs), (token_id, entry.logprob)]
+        return {legacy_token(self._tokenizer, top_id): max(logprob, _LOWEST) for top_id, logprob in pairs}
+
+
+def legacy_token(tokenizer: Tokenizer, token_id: int) -> str:
+    """The token's text, or `bytes:\\xNN...` when it is a piece of a character."""
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def num_characters(raw: bytes) -> int:
+    """Characters that begin in `raw`."""
+    return sum(byte & 0xC0 != 0x80 for byte in raw)
+
+
+def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict:
+    raw = tokenizer.token_bytes(token_id)
+    return {"token": raw.decode("utf-8", "replace"), "bytes": list(raw), "logprob": max(logprob, _LOWEST)}

@@ -1,0 +1,192 @@
+"""From logits to tokens: penalties, temperature, top-k / top-p / min-p, seeded draw, log-probabilities.
+
+Everything is row-wise: what a row gets depends on its own logits and parameters only,
+never on its neighbours in the batch. The draw is the inverse transform: the kept
+tokens stand in id order on [0, total), and one uniform number per row points at one of
+them. That number is Philox4x32-10 of (seed, choice, position), so there is no generator
+state to save, swap or share.
+
+Filters work by value: a token is kept when its logit reaches the threshold, so tokens
+tied at the threshold are all kept and no order among equals is ever invented.
+"""
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+# Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), table 2 and section 3.
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+# Rows that top-k leaves with at most this many tokens never look at the rest of the vocabulary again.
+_NUM_CANDIDATES = 1024
+_SUB_BLOCK = 64
+
+
+def philox(key: Tensor, counter: Tensor) -> Tensor:
+    """Philox4x32-10. key: int64 [rows] (64 bits); counter: int64 [rows, 4] (32 bits each) -> int64 [rows, 4]."""
+    key0, key1 = key & _MASK32, (key >> 32) & _MASK32
+    c0, c1, c2, c3 = counter.unbind(1)
+    for _ in range(10):
+        # the product's low 64 bits are exact in wrapping int64; `& mask` undoes the sign of the shift
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK32) ^ c1 ^ key0,
+            product1 & _MASK32,
+            ((product0 >> 32) & _MASK32) ^ c3 ^ key1,
+            product0 & _MASK32,
+        )
+        key0, key1 = (key0 + _WEYL[0]) & _MASK32, (key1 + _WEYL[1]) & _MASK32
+    return torch.stack((c0, c1, c2, c3), dim=1)
+
+
+def uniforms(seeds: Tensor, choices: Tensor, positions: Tensor) -> Tensor:
+    """One number in [0, 1) per row, float64 [rows], from int64 [rows] each: 53 bits of Philox."""
+    zero = torch.zeros_like(positions)
+    bits = philox(seeds, torch.stack((positions, choices, zero, zero), dim=1))
+    return ((bits[:, 0] << 21) | (bits[:, 1] >> 11)).double() * 2.0**-53
+
+
+def penalise(logits: Tensor, rows: Tensor, ids: Tensor, *, counts: Tensor, repetition: Tensor, frequency: Tensor,
+             presence: Tensor) -> None:
+    """Penalties in place on the listed places only; each (row, id) is listed once.
+
+    logits: float32 [rows, vocab]; all others [num_places]. counts: occurrences in the output (0: in the
+    prompt only). Repetition penalty as in CTRL (Keskar et al. 2019): logits above 0 are divided by it,
+    others multiplied; frequency and presence penalties as OpenAI documents them.
+    """
+    values = logits[rows, ids]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values = values - frequency * counts - presence * (counts > 0)
+    logits[rows, ids] = values
+
+
+def sample(logits: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+           uniform: Tensor) -> Tensor:
+    """Draw one token per row: int64 [rows].
+
+    logits: float32 [rows, vocab], after penalties; banned tokens are -inf. temperature, top_p, min_p:
+    float32 [rows]; top_k: int64 [rows], 0 is off; uniform: float64 [rows]. Temperature 0 is greedy (ties
+    go to the lowest id). top_p acts on what top_k kept, renormalised; min_p on the ratio to the best.
+    """
+    drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    greedy = temperature == 0
+    if greedy.any():
+        drawn[greedy] = logits[greedy].argmax(-1)
+    rest = (~greedy).nonzero()[:, 0]
+    if len(rest):
+        scaled = logits[rest] / temperature[rest, None]
+        drawn[rest] = _draw(scaled, top_k[rest], top_p[rest], min_p[rest], uniform[rest])
+    return drawn
+
+
+def _draw(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+    rows, vocab = scaled.shape
+    open_rows = (top_k == 0) & (top_p >= 1.0)
+    drawn = torch.empty(rows, dtype=torch.int64, device=scaled.device)
+    if open_rows.any():
+        picked = open_rows.nonzero()[:, 0]
+        kept = scaled[picked]
+        floor = kept.amax(-1, keepdim=True) + min_p[picked, None].log()
+        drawn[picked] = _inverse_transform(kept.masked_fill(kept < floor, -torch.inf), uniform[picked])
+    if not open_rows.all():
+        picked = (~open_rows).nonzero()[:, 0]
+        drawn[picked] = _draw_filtered(scaled[picked], top_k[picked], top_p[picked], min_p[picked], uniform[picked])
+    return drawn
+
+
+def _draw_filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+    """Rows with top-k or top-p: a few candidates decide, unless the kept set turns out wider than them."""
+    vocab = scaled.shape[1]
+    limit = torch.where(top_k == 0, vocab, top_k.clamp(max=vocab))
+    wanted = int(limit.max())
+    width = min(vocab, wanted + 1 if wanted < _NUM_CANDIDATES else _NUM_CANDIDATES)
+    values, ids = _largest(scaled, width)
+    threshold, known = _threshold(scaled, values, limit, top_p, min_p)
+    # A candidate list is complete when its last value falls short of the threshold (or it is the vocabulary).
+    complete = known & ((values[:, -1] < threshold) | (width == vocab))
+    drawn = torch.empty(len(scaled), dtype=torch.int64, device=scaled.device)
+    if complete.any():
+        ids, order = ids[complete].sort(dim=1)
+        values = values[complete].gather(1, order)
+        kept = values.masked_fill(values < threshold[complete, None], -torch.inf)
+        drawn[complete] = ids.gather(1, _inverse_transform(kept, uniform[complete])[:, None])[:, 0]
+    for row in (~complete).nonzero()[:, 0].tolist():
+        one = slice(row, row + 1)
+        ordered = scaled[one].sort(dim=1, descending=True).values
+        threshold, _ = _threshold(scaled[one], ordered, limit[one], top_p[one], min_p[one])
+        kept = scaled[one].masked_fill(scaled[one] < threshold[:, None], -torch.inf)
+        drawn[one] = _inverse_transform(kept, uniform[one])
+    return drawn
+
+
+def _threshold(scaled: Tensor, values: Tensor, limit: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest logit each row keeps, and whether `values` (its largest, descending) suffice to know it."""
+    width, vocab = values.shape[1], scaled.shape[1]
+    best = values[:, 0]
+    weights = (values - best[:, None]).exp().double()
+    rank = torch.arange(width, device=values.device)
+    weights = weights.masked_fill(rank >= limit[:, None], 0.0)
+    sums = weights.cumsum(1)
+    # top-p renormalises over what top-k kept; without top-k that is the whole vocabulary
+    total = sums[:, -1]
+    if bool((limit == vocab).any()) and width < vocab:
+        total = torch.where(limit == vocab, (scaled - best[:, None]).exp().sum(1, dtype=torch.float64), total)
+    # the smallest prefix that reaches the mass: tokens whose preceding mass is below it
+    num_kept = (sums - weights < top_p[:, None].double() * total[:, None]).logical_and(rank < limit[:, None]).sum(1)
+    num_kept = num_kept.clamp(min=1)
+    # with width < limit < vocab the mass that top-k keeps is not known yet
+    known = (limit <= width) | ((limit == vocab) & (num_kept < width)) | (width == vocab)
+    threshold = values.gather(1, (num_kept - 1)[:, None])[:, 0]
+    return torch.maximum(threshold, best + min_p.log()), known
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row, descending, and their places.
+
+    They can only lie in the `count` sub-blocks with the largest maxima, so most of a large vocabulary is
+    read once and never sorted.
+    """
+    rows, vocab = values.shape
+    whole = vocab - vocab % _SUB_BLOCK
+    if count * _SUB_BLOCK * 2 > vocab:
+        return values.topk(count, dim=1)
+    blocks = values[:, :whole].view(rows, -1, _SUB_BLOCK)
+    best = blocks.amax(2).topk(count, dim=1).indices  # [rows, count]
+    places = (best[:, :, None] * _SUB_BLOCK + torch.arange(_SUB_BLOCK, device=values.device)).flatten(1)
+    tail = torch.arange(whole, vocab, device=values.device).expand(rows, -1)
+    places = torch.cat((places, tail), dim=1)
+    found = values.gather(1, places).topk(count, dim=1)
+    return found.values, places.gather(1, found.indices)
+
+
+def _inverse_transform(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The column where each row's cumulated probability first exceeds `uniform` times its total.
+
+    Two levels, 1,024 columns each, so that a whole vocabulary is not cumulated number by number.
+    """
+    rows, width = logits.shape
+    weights = (logits - logits.amax(1, keepdim=True)).exp()
+    size = min(1024, width)
+    weights = torch.nn.functional.pad(weights, (0, -width % size)).view(rows, -1, size)
+    chunks = weights.sum(2, dtype=torch.float64).cumsum(1)  # [rows, num_chunks]
+    target = (uniform * chunks[:, -1])[:, None]
+    chunk = (chunks <= target).sum(1, keepdim=True).clamp(max=chunks.shape[1] - 1)
+    before = torch.where(chunk > 0, chunks.gather(1, (chunk - 1).clamp(min=0)), 0.0)
+    inside = weights.gather(1, chunk[:, :, None].expand(-1, -1, size))[:, 0].double().cumsum(1)  # [rows, size]
+    # rounding may leave the target just past the chunk's own sum: the last token with weight takes it
+    inside_target = torch.minimum(target - before, inside[:, -1:].nextafter(torch.zeros_like(target)))
+    return chunk[:, 0] * size + (inside <= inside_target).sum(1)
+
+
+def log_probabilities(logits: Tensor, chosen: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-softmax at `chosen` [rows] and at the `num_top` best: float32 [rows], int64 [rows, top], float32 [rows, top].
+
+    logits: float32 [rows, vocab], raw.
+    """
+    norm = logits.logsumexp(1, keepdim=True)
+    top = logits.topk(num_top, dim=1) if num_top else None
+    picked = (logits.gather(1, chosen[:, None]) - norm)[:, 0]
+    if top is None:
+        empty = logits.new_zeros(len(logits), 0)
+        return picked, empty.long(), empty
+    return picked, top.indices, top.values - norm

@@ -1,0 +1,45 @@
+"""What a layer may know about the step it runs in."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from crane.kernels.attention import AttentionPlan, plan_attention
+from crane.kernels.pages import slot_index
+
+
+@dataclass
+class ForwardContext:
+    """The rows of one step. Written by the runner before the step, read-only afterwards.
+
+    Row i computes tokens `context_lens[i] - query_lens[i]` up to `context_lens[i]` of its
+    sequence; whether that is a prompt, a chunk of one or a single new token makes no
+    difference. Its tokens are `[query_starts[i] : query_starts[i] + query_lens[i]]` of
+    every per-token tensor.
+
+    positions: int64 [num_tokens]. slots: int64 [num_tokens], page_id * page_size + offset.
+    query_lens, query_starts: host ints, one a row.
+    context_lens: host ints, tokens a row has in pages *including* this step's.
+    page_table: int64 [num_rows, max_pages], padded with 0 (page 0 is a real page).
+    kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim], contiguous.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    query_lens: list[int]
+    query_starts: list[int]
+    context_lens: list[int]
+    page_table: Tensor
+    kv: Tensor
+    page_size: int
+
+    @cached_property
+    def attention_plan(self) -> AttentionPlan:
+        """Index tensors and masks of the step's attention, shared by all layers."""
+        return plan_attention(self.query_lens, self.query_starts, self.context_lens, self.page_table, self.kv)
+
+    @cached_property
+    def slot_index(self) -> Tensor:
+        """Where `write_kv` puts this step's keys and values, shared by all layers."""
+        return slot_index(self.slots, self.kv)

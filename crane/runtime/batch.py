@@ -1,0 +1,42 @@
+"""What one step computes and what came out: plain numbers between scheduler and runner. Torch-free."""
+
+from dataclasses import dataclass, field
+
+from crane.runtime.sequence import Sequence
+from crane.runtime.types import TokenLogprob
+
+
+@dataclass(slots=True)
+class Row:
+    """Compute tokens `start .. start + count` of one sequence.
+
+    samples: the row reaches the sequence's last token, so the next one is drawn.
+    prompt_logits: log-probabilities of the prompt tokens after each position are wanted.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+    prompt_logits: bool = False
+
+
+@dataclass(slots=True)
+class Batch:
+    """The rows of one step."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.count for row in self.rows)
+
+
+@dataclass(slots=True)
+class Picked:
+    """What the runner found for one row: the drawn token (None when it does not sample),
+    its log-probability when asked for, and those of prompt tokens `start + 1 ..` covered by the row."""
+
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -1,0 +1,102 @@
+"""Which device and number type a model runs in, and how many KV pages fit beside it."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from crane.errors import SettingsError
+from crane.models.config import ModelConfig
+from crane.runtime.kv_cache import page_bytes
+from crane.runtime.settings import Settings
+
+# Shares of the memory that is free once the weights are loaded. A CPU shares it with everything else
+# that runs there, a GPU is ours.
+_CPU_SHARE = 0.5
+_GPU_SHARE = 0.9
+
+
+def pick_device(settings: Settings) -> torch.device:
+    """CUDA, else Metal, else the CPU; the CPU when asked for."""
+    if settings.cpu:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda:0")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def pick_dtype(settings: Settings, device: torch.device, checkpoint_dtype: str) -> torch.dtype:
+    """--dtype, or: the checkpoint's own on a GPU (bfloat16 for float32 ones); on a CPU bfloat16 where
+    it multiplies bfloat16 in hardware, else float32."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.float16 if checkpoint_dtype == "float16" else torch.bfloat16
+
+
+def set_threads(settings: Settings) -> None:
+    """Give torch --threads threads, or one per core this process may use."""
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+                          else settings.threads or os.cpu_count())
+
+
+def page_budget(settings: Settings, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """(num_pages, max_model_len): what fits in --kv-memory, or in a share of the memory free now.
+
+    Never more than --max-concurrent sequences of the longest length can use. Raises SettingsError when
+    not even one sequence of --max-model-len fits.
+    """
+    size = page_bytes(config, settings.page_size, dtype)
+    budget = settings.kv_memory or int(free_memory_bytes(device) * (_CPU_SHARE if device.type != "cuda" else _GPU_SHARE))
+    longest = settings.max_model_len or config.max_position
+    if settings.max_model_len > config.max_position:
+        raise SettingsError(
+            f"--max-model-len {settings.max_model_len} exceeds the model's own limit of {config.max_position} tokens"
+        )
+    num_pages = min(budget // size, settings.max_concurrent * -(-longest // settings.page_size))
+    fits = num_pages * settings.page_size
+    if fits < longest and settings.max_model_len:
+        raise SettingsError(
+            f"--max-model-len {longest} needs {-(-longest // settings.page_size) * size} bytes of KV pages, "
+            f"but only {budget} are available: raise --kv-memory or lower --max-model-len"
+        )
+    if num_pages < 1:
+        raise SettingsError(f"not one KV page of {size} bytes fits into {budget} bytes: raise --kv-memory")
+    return num_pages, min(longest, fits)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory free for us on the device; for the CPU the least of what the system and our cgroup have left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    available = _meminfo_available()
+    cgroup = _cgroup_left()
+    return available if cgroup is None else min(available, cgroup)
+
+
+def _meminfo_available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux: fall through to what POSIX knows
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _cgroup_left() -> int | None:
+    """What a container's memory limit leaves (cgroup v2), or None without one."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        return max(int(limit) - int((root / "memory.current").read_text()), 0)
+    except (OSError, ValueError):
+        return None

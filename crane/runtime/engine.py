@@ -1,0 +1,205 @@
+"""The engine: requests in, outputs out, one step at a time. No sockets, no text, no threads."""
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from crane.models.config import load_config
+from crane.models.files import Checkpoint, open_checkpoint
+from crane.models.registry import load_model
+from crane.models.tokenizer import load_tokenizer
+from crane.runtime import device as devices
+from crane.runtime.kv_cache import allocate_pages
+from crane.runtime.pages import PagePool
+from crane.runtime.runner import ModelRunner
+from crane.runtime.scheduler import Scheduler
+from crane.runtime.sequence import Sequence
+from crane.runtime.settings import Settings
+from crane.runtime.types import Accepted, EngineInfo, EngineStats, Generate, Output, Rejected
+
+log = logging.getLogger("crane.engine")
+
+# A bound on n, so that one request cannot fill the engine; the API has its own, smaller one.
+MAX_CHOICES = 1024
+
+
+class Engine:
+    """One model on one device. All calls come from the thread that made it.
+
+    Raises ModelError or SettingsError when the model cannot be served as asked.
+    """
+
+    def __init__(self, settings: Settings, progress: Callable[[int, int], None] | None = None):
+        self.settings = settings
+        self._started_s = time.monotonic()
+        devices.set_threads(settings)
+        checkpoint = open_checkpoint(settings.model_path, settings.format)
+        config = load_config(checkpoint, settings.model_type)
+        device = devices.pick_device(settings)
+        dtype = devices.pick_dtype(settings, device, config.dtype)
+        with ThreadPoolExecutor(1) as pool:  # the vocabulary is read while the weights are
+            vocab = pool.submit(_vocab_size, checkpoint, config.vocab_size)
+            model = load_model(checkpoint, config, device, dtype, progress)
+            vocab_size = vocab.result()
+        num_pages, max_model_len = devices.page_budget(settings, config, device, dtype)
+        kv = allocate_pages(config, num_pages, settings.page_size, dtype=dtype, device=device)
+        self.runner = ModelRunner(model, kv, vocab_size)
+        self.scheduler = Scheduler(
+            PagePool(num_pages, settings.page_size),
+            max_running=settings.max_concurrent,
+            quantum_tokens=settings.decode_tokens_per_seq,
+            max_step_tokens=settings.max_step_tokens,
+            max_model_len=max_model_len,
+        )
+        self._eos_ids = frozenset(config.eos_token_ids)
+        self._stats = EngineStats(num_pages=num_pages)
+        self._prefill = _Rate()
+        self._decode = _Rate()
+        self.info = EngineInfo(
+            pid=os.getpid(),
+            model_path=settings.model_path,
+            model_type=config.model_type,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            num_pages=num_pages,
+            page_size=settings.page_size,
+            max_concurrent=settings.max_concurrent,
+            decode_tokens_per_seq=settings.decode_tokens_per_seq,
+        )
+        log.info(
+            "%s on %s in %s: %d KV pages of %d tokens (%.1f GB), up to %d tokens per sequence",
+            config.model_type, device, self.info.dtype, num_pages, settings.page_size, kv.nbytes / 1e9, max_model_len,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: Generate) -> Accepted | Rejected:
+        """Queue a request. Whatever is wrong with it is said in the `Rejected`."""
+        problem = self._problem(request)
+        if problem:
+            return Rejected(request.rid, *problem)
+        sampling = request.sampling
+        # 63 bits: torch has no unsigned 64-bit integers
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        for index in range(sampling.n):
+            self.scheduler.enqueue(Sequence(request, index, seed, self._eos_ids))
+        self._stats.total_requests += 1
+        self._stats.prompt_tokens += len(request.prompt_ids)
+        return Accepted(request.rid)
+
+    def _problem(self, request: Generate) -> tuple | None:
+        """Why a request is not taken: (code, message[, retry_after_s]). The API checks first and names fields;
+        this is the last line of defence of the tensors behind it."""
+        ids, sampling, info = request.prompt_ids, request.sampling, self.info
+        if self.scheduler.find(request.rid):
+            return "duplicate_rid", f"a request with id {request.rid!r} is running"
+        if not ids:
+            return "bad_request", "the prompt is empty"
+        if min(ids) < 0 or max(ids) >= info.vocab_size:
+            return "bad_request", f"prompt token ids must be in [0, {info.vocab_size})"
+        if any(not 0 <= i < info.vocab_size for i in (*sampling.stop_token_ids, *sampling.logit_bias)):
+            return "bad_request", f"stop_token_ids and logit_bias keys must be in [0, {info.vocab_size})"
+        if len(ids) + min(sampling.max_tokens, 1) > info.max_model_len:
+            return "too_long", f"a prompt of {len(ids)} tokens exceeds the limit of {info.max_model_len} tokens"
+        if sampling.max_tokens < 0 or not 1 <= sampling.n <= MAX_CHOICES:
+            return "bad_request", f"max_tokens must be >= 0 and n in [1, {MAX_CHOICES}]"
+        if not -(2**63) <= (sampling.seed or 0) < 2**63 or not 0 <= sampling.top_k < 2**31:
+            return "bad_request", "seed must fit into 64 bits and top_k into 31"
+        if self.scheduler.num_waiting >= self.settings.max_queue:
+            return "queue_full", f"{self.scheduler.num_waiting} requests are waiting", self._retry_after_s()
+        return None
+
+    def _retry_after_s(self) -> float:
+        """When a place in the queue should be free: the tokens in front of it over the rate they are decoded at."""
+        left = sum(s.max_tokens - s.num_output for s in self.scheduler.running)
+        return min(max(left / max(self._decode.value, 1.0) / self.settings.max_concurrent, 1.0), 60.0)
+
+    def abort(self, rid: str | None, index: int | None = None) -> list[Output]:
+        """End one request, one choice of it, or all (rid None): their last outputs, with finish_reason "abort".
+
+        Unknown ids give none.
+        """
+        ended = self.scheduler.end([s for s in self.scheduler.find(rid) if index in (None, s.index)], "abort")
+        self._stats.aborted_requests += len({output.rid for output in ended})
+        return ended
+
+    def fail_all(self, message: str) -> list[Output]:
+        """End every request with an error: the last resort after a fault nobody in particular caused."""
+        return self._fail(self.scheduler.find(None), message)
+
+    def step(self) -> list[Output]:
+        """Plan, run and commit one step. A fault in it fails the requests of its batch, nobody else's."""
+        batch = self.scheduler.plan()
+        if not batch.rows:
+            return []
+        started_s = time.perf_counter()
+        try:
+            picked = self.runner.run(batch)
+        except Exception as error:  # whatever went wrong, its requests must be answered
+            log.exception("a step of %d rows failed", len(batch.rows))
+            rids = {row.sequence.rid for row in batch.rows}
+            broken = [s for s in self.scheduler.find(None) if s.rid in rids]
+            return self._fail(broken, f"the engine failed on this request: {type(error).__name__}")
+        outputs = self.scheduler.commit(batch, picked)
+        self._count(batch, outputs, time.perf_counter() - started_s)
+        return outputs
+
+    def _fail(self, sequences: list[Sequence], message: str) -> list[Output]:
+        ended = self.scheduler.end(sequences, "error", message)
+        self._stats.failed_requests += len({output.rid for output in ended})
+        return ended
+
+    def _count(self, batch, outputs: list[Output], elapsed_s: float) -> None:
+        stats = self._stats
+        stats.steps += 1
+        stats.generated_tokens += sum(len(output.token_ids) for output in outputs)
+        finished = {output.rid for output in outputs if output.finish_reason}
+        stats.completed_requests += sum(not self.scheduler.find(rid) for rid in finished)
+        decoded = sum(row.count == 1 for row in batch.rows)
+        # a mixed step's time goes to both by their shares of its tokens
+        share_s = elapsed_s / batch.num_tokens
+        self._decode.add(decoded, decoded * share_s)
+        self._prefill.add(batch.num_tokens - decoded, (batch.num_tokens - decoded) * share_s)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the counters."""
+        stats, scheduler = self._stats, self.scheduler
+        stats.preemptions = scheduler.num_preemptions
+        stats.avg_decode_tokens_per_sec = round(self._decode.value, 2)
+        stats.avg_prefill_tokens_per_sec = round(self._prefill.value, 2)
+        stats.waiting_sequences = scheduler.num_waiting
+        stats.active_sequences = len(scheduler.running) + len(scheduler.queue) - stats.waiting_sequences
+        stats.free_pages = scheduler.pool.num_free
+        stats.uptime_s = round(time.monotonic() - self._started_s, 3)
+        return stats
+
+
+class _Rate:
+    """Tokens per second over all time spent on them."""
+
+    def __init__(self):
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
+
+    @property
+    def value(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def _vocab_size(checkpoint: Checkpoint, padded: int) -> int:
+    """How many ids may be given or drawn: those that both the tokenizer and the model know.
+
+    A model's embedding is often padded beyond its tokenizer; some fine-tunes add tokens the model lacks.
+    """
+    return min(load_tokenizer(checkpoint).vocab_size, padded)

@@ -1,0 +1,265 @@
+"""Where the engine's socket is, and who may start the engine.
+
+All workers of one gunicorn master (their parent, the arbiter) with the same
+engine settings meet at one socket in a private run folder. Whoever finds nobody
+there takes the lock beside it and starts the engine; under the same lock the
+engine leaves. The lock file carries a `Record` of how starting went so far, so
+that workers agree on when to give up. Torch-free.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import logging
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from crane.errors import SettingsError
+from crane.runtime.settings import Settings, variable
+
+# Shorter than sun_path everywhere (104 bytes on macOS, 108 on Linux).
+MAX_SOCKET_PATH_BYTES = 100
+# Once it has been ready, the engine may fail to come back this many times in a row.
+MAX_ATTEMPTS = 3
+ENGINE_COMMAND = (sys.executable, "-m", "crane.runtime.server")
+# gunicorn stops altogether when a worker exits with this code, instead of starting another
+EXIT_HALT = 3
+# Settings that the engine does not look at: changing them needs no other engine.
+_API_SETTINGS = frozenset(
+    ("model_name", "host", "port", "workers", "engine_socket", "max_body", "worker_swap", "log_level")
+)
+
+
+class Record(msgspec.Struct):
+    """What is known about this engine's starts.
+
+    was_ready: it has been ready once. attempts: starts since it was last ready.
+    reason: why the last one failed, as far as it could say.
+    """
+
+    was_ready: bool = False
+    attempts: int = 0
+    reason: str = ""
+
+    @property
+    def exhausted(self) -> bool:
+        """No further start makes sense: a first start is tried once, a restart MAX_ATTEMPTS times."""
+        return self.attempts >= (MAX_ATTEMPTS if self.was_ready else 1)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the workers of one arbiter and their engine meet.
+
+    arbiter_pid: None for an engine that somebody else starts and stops.
+    """
+
+    socket: Path
+    arbiter_pid: int | None
+
+    @property
+    def lock(self) -> Path:
+        return self.socket.with_name(self.socket.name + ".lock")
+
+
+def meeting(settings: Settings, arbiter_pid: int) -> Meeting:
+    """The meeting place of these settings' engine under this arbiter. Raises SettingsError."""
+    if settings.engine_socket:
+        return Meeting(_checked(Path(settings.engine_socket).absolute()), None)
+    wanted = [f"{spec.name}={getattr(settings, spec.name)!r}" for spec in dataclasses.fields(settings)
+              if spec.name not in _API_SETTINGS and spec.name != "model_path"]
+    wanted += [os.path.abspath(settings.model_path), process_start(arbiter_pid)]
+    digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:12]
+    return Meeting(_checked(run_dir() / f"{arbiter_pid}-{digest}.sock"), arbiter_pid)
+
+
+def _checked(path: Path) -> Path:
+    if len(os.fsencode(path)) >= MAX_SOCKET_PATH_BYTES:
+        raise SettingsError(f"the engine socket's path must be shorter than {MAX_SOCKET_PATH_BYTES} bytes: {path}")
+    return path
+
+
+def run_dir() -> Path:
+    """This user's private folder for sockets, made when absent. Raises SettingsError if it is not private."""
+    folder = Path(tempfile.gettempdir()) / f"crane-{os.geteuid()}"
+    if len(os.fsencode(folder)) > MAX_SOCKET_PATH_BYTES - 40:
+        folder = Path("/tmp") / folder.name
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise SettingsError(f"{folder} must be a folder of this user with mode 0700; remove it")
+    return folder
+
+
+def process_start(pid: int) -> str:
+    """When the process started, in whatever unit the system has; "" where it cannot be told.
+
+    Tells a process from a later one that got the same pid.
+    """
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(place: Meeting) -> Iterator[int | None]:
+    """Try to hold the meeting's lock: yields the lock file's descriptor, or None when somebody else holds it."""
+    fd = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        # the holder before us may have removed the file: then this lock guards nothing
+        if not _same_file(fd, place.lock):
+            yield None
+            return
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(fd)
+    return (mine.st_dev, mine.st_ino) == (found.st_dev, found.st_ino)
+
+
+def read_record(fd: int) -> Record:
+    try:
+        return msgspec.json.decode(os.pread(fd, 1 << 16, 0), type=Record)
+    except msgspec.MsgspecError:
+        return Record()  # new, or cut short by a crash: nothing is known
+
+
+def write_record(fd: int, record: Record) -> None:
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, msgspec.json.encode(record), 0)
+
+
+def spawn(settings: Settings, place: Meeting, command: Sequence[str] = ENGINE_COMMAND) -> subprocess.Popen:
+    """Start the engine: exec'ed, in its own session, so that Ctrl-C stops the workers first and they drain.
+
+    Settings travel as arguments, so that the engine has exactly this worker's, wherever they came from.
+    """
+    if settings.model_path:
+        settings = dataclasses.replace(settings, model_path=os.path.abspath(settings.model_path))
+    wanted = [f"{name}={value}" for name, value in settings.to_env().items()]
+    arguments = ["--socket", str(place.socket), "--arbiter-pid", str(place.arbiter_pid), *wanted]
+    return subprocess.Popen(
+        [*command, *arguments],
+        stdin=subprocess.DEVNULL,
+        cwd=Path(__file__).resolve().parents[2],  # where `crane` is importable, whatever changed sys.path here
+        start_new_session=True,
+        close_fds=True,
+    )
+
+
+def settings_from_arguments(pairs: Sequence[str]) -> Settings:
+    """Settings from NAME=VALUE arguments as `spawn` writes them, or from the environment when there are none."""
+    if not pairs:
+        return Settings.from_env()
+    for pair in pairs:
+        if not pair.startswith("CRANE_") or "=" not in pair:
+            raise SettingsError(f"expected CRANE_NAME=VALUE such as {variable('page_size')}=16, got {pair!r}")
+    return Settings.from_env(dict(pair.split("=", 1) for pair in pairs))
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening socket at `path`, mode 0600. A stale file is replaced; a live listener is a SettingsError."""
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+            else:
+                raise SettingsError(f"another engine listens on {path}")
+    umask = os.umask(0o177)
+    try:
+        server.bind(str(path))
+    except OSError as error:
+        raise SettingsError(f"cannot listen on {path}: {error.strerror}") from None
+    finally:
+        os.umask(umask)
+    server.listen(128)
+    server.setblocking(False)
+    return server
+
+
+def unlink_own(path: Path, inode: tuple[int, int]) -> None:
+    """Remove a socket file unless it is another engine's by now. inode: (st_dev, st_ino) of ours."""
+    with contextlib.suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if (found.st_dev, found.st_ino) == inode:
+            path.unlink()
+
+
+def sweep() -> None:
+    """Remove what arbiters that are gone left in the run folder."""
+    for path in run_dir().iterdir():
+        pid = path.name.partition("-")[0]
+        if pid.isdigit() and not alive(int(pid)):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+
+def claim(what: str, arbiter_pid: int) -> bool:
+    """True for the first process under this arbiter that asks for `what`: for things to do or say once."""
+    path = run_dir() / f"{arbiter_pid}-{process_start(arbiter_pid)}.{what}"
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return False
+    return True
+
+
+def halt_server(reason: str) -> None:
+    """The server can never work: say why in one line and make the arbiter stop with EXIT_HALT.
+
+    Only the first worker to know does so and does not return: two workers that exit this way trip gunicorn.
+    """
+    if not claim("halted", os.getppid()):
+        return
+    print(f"crane: {reason}", file=sys.stderr, flush=True)
+    os._exit(EXIT_HALT)  # from any thread; nothing has been served yet
+
+
+def log_to_stderr(settings: Settings) -> None:
+    """Show the `crane` loggers on stderr, once per process, in gunicorn's format."""
+    logger = logging.getLogger("crane")
+    logger.setLevel(settings.log_level.upper())
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(
+            logging.Formatter("[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S %z")
+        )
+        logger.addHandler(handler)
+        logger.propagate = False

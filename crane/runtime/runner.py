@@ -1,0 +1,84 @@
+"""Computes a batch: rows -> tensors -> model -> logits of the rows that want them -> picked tokens."""
+
+import torch
+from torch import Tensor
+
+from crane.models.context import ForwardContext
+from crane.runtime.batch import Batch, Picked, Row
+from crane.runtime.sampler import Sampler
+from crane.runtime.types import TokenLogprob
+
+# Prompt log-probabilities need whole rows of logits: so many positions at a time.
+_LOGIT_CHUNK = 64
+
+
+class ModelRunner:
+    """One model, its KV pages and a sampler.
+
+    kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]. vocab_size: ids that may be drawn.
+    """
+
+    def __init__(self, model, kv: Tensor, vocab_size: int):
+        self.model = model
+        self.kv = kv
+        self.page_size = kv.shape[3]
+        self.device = kv.device
+        self.sampler = Sampler(vocab_size, kv.device)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> list[Picked]:
+        """One step: writes K/V of all rows into their pages, draws a token for each row that samples."""
+        rows = batch.rows
+        context = self._context(rows)
+        token_ids = [t for row in rows for t in row.sequence.token_ids[row.start : row.start + row.count]]
+        hidden = self.model(self._ints(token_ids), context)  # [num_tokens, hidden]
+        picked = [Picked() for _ in rows]
+        for index, row in enumerate(rows):
+            if row.prompt_logits:
+                first = context.query_starts[index]
+                picked[index].prompt_logprobs = self._prompt_logprobs(row, hidden[first : first + row.count])
+        sampling = [index for index, row in enumerate(rows) if row.samples]
+        if sampling:
+            last = [context.query_starts[index] + rows[index].count - 1 for index in sampling]
+            logits = self.model.logits(hidden[self._ints(last)])
+            drawn, logprobs = self.sampler.pick(logits, [rows[index].sequence for index in sampling])
+            for index, token_id, logprob in zip(sampling, drawn, logprobs, strict=True):
+                picked[index].token_id = token_id
+                picked[index].logprob = logprob
+        return picked
+
+    def _context(self, rows: list[Row]) -> ForwardContext:
+        positions, slots, query_starts = [], [], []
+        for row in rows:
+            query_starts.append(len(positions))
+            pages, size = row.sequence.pages, self.page_size
+            span = range(row.start, row.start + row.count)
+            positions += span
+            slots += [pages[p // size] * size + p % size for p in span]
+        ends = [row.start + row.count for row in rows]
+        width = max(-(-end // self.page_size) for end in ends)
+        table = [row.sequence.pages[:width] for row in rows]
+        return ForwardContext(
+            positions=self._ints(positions),
+            slots=self._ints(slots),
+            query_lens=[row.count for row in rows],
+            query_starts=query_starts,
+            context_lens=ends,
+            page_table=self._ints([pages + [0] * (width - len(pages)) for pages in table]),
+            kv=self.kv,
+            page_size=self.page_size,
+        )
+
+    def _prompt_logprobs(self, row: Row, hidden: Tensor) -> list[TokenLogprob]:
+        """Log-probabilities of the prompt tokens that follow the row's positions. hidden: [row.count, hidden]."""
+        sequence = row.sequence
+        following = sequence.token_ids[row.start + 1 : min(row.start + row.count + 1, sequence.num_prompt)]
+        found = []
+        for start in range(0, len(following), _LOGIT_CHUNK):
+            chosen = following[start : start + _LOGIT_CHUNK]
+            logits = self.model.logits(hidden[start : start + len(chosen)])
+            found += self.sampler.prompt_logprobs(logits, chosen, sequence.sampling.logprobs or 0)
+        return found
+
+    def _ints(self, values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)

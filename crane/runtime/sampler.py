@@ -1,0 +1,144 @@
+"""Per-sequence sampling parameters turned into tensors for `kernels.sampling`."""
+
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crane.kernels import sampling as kernels
+from crane.runtime.sequence import Sequence
+from crane.runtime.types import TokenLogprob
+
+
+class _Seen:
+    """The distinct tokens of one sequence and how often the output has each, kept up to date as it grows."""
+
+    def __init__(self):
+        self.places: dict[int, int] = {}
+        self.ids = np.empty(256, np.int64)
+        self.counts = np.zeros(256, np.float32)
+        self.num_read = 0
+
+    def catch_up(self, sequence: Sequence) -> None:
+        for position in range(self.num_read, len(sequence.token_ids)):
+            token_id = sequence.token_ids[position]
+            place = self.places.setdefault(token_id, len(self.places))
+            if place == len(self.ids):
+                self.ids = np.concatenate((self.ids, np.empty_like(self.ids)))
+                self.counts = np.concatenate((self.counts, np.zeros_like(self.counts)))
+            self.ids[place] = token_id
+            self.counts[place] += position >= sequence.num_prompt
+        self.num_read = len(sequence.token_ids)
+
+
+class Sampler:
+    """Picks the next token of each row. Holds, per live sequence, only what penalties need.
+
+    vocab_size: ids the tokenizer knows; a model's padding beyond it is never drawn.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device):
+        self.vocab_size = vocab_size
+        self.device = device
+        self._seen: weakref.WeakKeyDictionary[Sequence, _Seen] = weakref.WeakKeyDictionary()
+
+    def pick(self, logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
+        """One token, and its log-probability when asked for, per sequence. logits: float32 [rows, vocab], kept as is."""
+        raw = logits[:, : self.vocab_size]
+        logits = raw.clone() if any(_changes_logits(s) for s in sequences) else raw
+        self._penalise(logits, sequences)
+        self._bias(logits, sequences)
+        if all(s.sampling.greedy for s in sequences):
+            drawn = logits.argmax(-1)
+        else:
+            drawn = kernels.sample(logits, **self._parameters(sequences))
+        return drawn.tolist(), self._logprobs(raw, drawn, sequences)
+
+    def prompt_logprobs(self, logits: Tensor, chosen: list[int], num_top: int) -> list[TokenLogprob]:
+        """Log-probabilities of known tokens. logits: float32 [rows, vocab]; chosen: one id per row."""
+        chosen = torch.tensor(chosen, dtype=torch.int64, device=logits.device)
+        return self._pack(*kernels.log_probabilities(logits[:, : self.vocab_size], chosen, num_top))
+
+    def _parameters(self, sequences: list[Sequence]) -> dict[str, Tensor]:
+        params = [s.sampling for s in sequences]
+        place = {"device": self.device}
+        seeds = torch.tensor([s.seed for s in sequences], dtype=torch.int64)
+        choices = torch.tensor([s.index for s in sequences])
+        positions = torch.tensor([len(s.token_ids) for s in sequences])
+        return {
+            "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32, **place),
+            "top_k": torch.tensor([p.top_k for p in params], dtype=torch.int64, **place),
+            "top_p": torch.tensor([p.top_p for p in params], dtype=torch.float32, **place),
+            "min_p": torch.tensor([p.min_p for p in params], dtype=torch.float32, **place),
+            "uniform": kernels.uniforms(seeds, choices, positions).to(self.device),
+        }
+
+    def _penalise(self, logits: Tensor, sequences: list[Sequence]) -> None:
+        rows, seen = [], []
+        for row, sequence in enumerate(sequences):
+            if _penalised(sequence):
+                state = self._seen.get(sequence)
+                if state is None:
+                    state = self._seen[sequence] = _Seen()
+                state.catch_up(sequence)
+                rows.append(row)
+                seen.append(state)
+        if not rows:
+            return
+        sizes = [len(state.places) for state in seen]
+
+        def spread(values, dtype):
+            return torch.from_numpy(np.repeat(np.array(values, dtype), sizes)).to(self.device)
+
+        def joined(name):
+            parts = [getattr(state, name)[:size] for state, size in zip(seen, sizes)]
+            return torch.from_numpy(np.concatenate(parts)).to(self.device)
+
+        params = [sequences[row].sampling for row in rows]
+        kernels.penalise(
+            logits, spread(rows, np.int64), joined("ids"), counts=joined("counts"),
+            repetition=spread([p.repetition_penalty for p in params], np.float32),
+            frequency=spread([p.frequency_penalty for p in params], np.float32),
+            presence=spread([p.presence_penalty for p in params], np.float32),
+        )
+
+    def _bias(self, logits: Tensor, sequences: list[Sequence]) -> None:
+        rows, ids, values = [], [], []
+        for row, sequence in enumerate(sequences):
+            bias = dict(sequence.sampling.logit_bias)
+            if sequence.num_output < sequence.sampling.min_tokens:
+                bias.update(dict.fromkeys(sequence.stop_ids, -torch.inf))
+            rows += [row] * len(bias)
+            ids += bias.keys()
+            values += bias.values()
+        if rows:
+            logits[torch.tensor(rows, device=self.device), torch.tensor(ids, device=self.device)] += torch.tensor(
+                values, dtype=torch.float32, device=self.device
+            )
+
+    def _logprobs(self, raw: Tensor, drawn: Tensor, sequences: list[Sequence]) -> list[TokenLogprob | None]:
+        wanted = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
+        result: list[TokenLogprob | None] = [None] * len(sequences)
+        if wanted:
+            rows = torch.tensor(wanted, device=raw.device)
+            num_top = max(sequences[row].sampling.logprobs for row in wanted)
+            found = kernels.log_probabilities(raw[rows], drawn[rows], num_top)
+            for row, entry in zip(wanted, self._pack(*found)):
+                keep = sequences[row].sampling.logprobs
+                result[row] = TokenLogprob(entry.logprob, entry.top_ids[:keep], entry.top_logprobs[:keep])
+        return result
+
+    @staticmethod
+    def _pack(picked: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> list[TokenLogprob]:
+        return [TokenLogprob(*entry) for entry in zip(picked.tolist(), top_ids.tolist(), top_logprobs.tolist())]
+
+
+def _penalised(sequence: Sequence) -> bool:
+    p = sequence.sampling
+    return p.repetition_penalty != 1.0 or p.frequency_penalty != 0.0 or p.presence_penalty != 0.0
+
+
+def _changes_logits(sequence: Sequence) -> bool:
+    p = sequence.sampling
+    return _penalised(sequence) or bool(p.logit_bias) or sequence.num_output < p.min_tokens

@@ -1,0 +1,234 @@
+"""Who computes what in each step: `plan` -> Batch, `commit` -> outputs. Arithmetic only, no torch.
+
+Policy. Sequences that want to run stand in one queue, first come first served.
+At most `max_running` have a run slot and take part in every step; after
+`quantum_tokens` decoded tokens a running one goes back to the queue's end if
+others wait for its slot. It keeps its pages there, so coming back costs nothing.
+
+Each step gives every running sequence that decodes its one token, then spends what
+is left of `max_step_tokens` on prompts, oldest first. A prompt gets all of its pages
+when it gets its slot, so half-computed prompts cannot starve each other. When a
+growing sequence finds no free page, the one that came last gives up its pages
+and is recomputed later: its tokens, and the noise of its next ones, stay as they are.
+"""
+
+import time
+from collections import deque
+
+from crane.runtime.batch import Batch, Picked, Row
+from crane.runtime.pages import PagePool
+from crane.runtime.sequence import Sequence, Status
+from crane.runtime.types import Output
+
+
+class Scheduler:
+    """Owns all live sequences and all pages. Every sequence is in exactly one of `queue`, `running`."""
+
+    def __init__(self, pool: PagePool, *, max_running: int, quantum_tokens: int, max_step_tokens: int,
+                 max_model_len: int):
+        assert max_model_len <= pool.num_pages * pool.page_size, "one sequence may not outgrow the pool"
+        self.pool = pool
+        self.max_running = max_running
+        self.quantum_tokens = quantum_tokens
+        self.max_step_tokens = max(max_step_tokens, max_running)
+        self.max_model_len = max_model_len
+        self.queue: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.queue or self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have not started yet."""
+        return sum(sequence.admitted_s is None for sequence in self.queue)
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Take a new sequence in. Its prompt is shorter than `max_model_len`."""
+        assert 0 < sequence.num_prompt < self.max_model_len or sequence.max_tokens == 0
+        sequence.max_tokens = min(sequence.max_tokens, self.max_model_len - sequence.num_prompt)
+        self.queue.append(sequence)
+
+    # --- plan
+
+    def plan(self) -> Batch:
+        """The next step. Empty only when there is nothing to do."""
+        self._yield_slots()
+        self._fill_slots()
+        decoding = [s for s in self.running if s.num_wanted == 1]
+        prompts = [s for s in self.running if s.num_wanted > 1]
+        budget = self.max_step_tokens
+        batch = Batch()
+        for sequence in decoding:
+            # a sequence planned earlier may have taken this one's pages
+            if sequence.status is Status.RUNNING and self._grow(sequence, batch):
+                batch.rows.append(self._row(sequence, 1))
+                budget -= 1
+        for sequence in prompts:
+            if budget > 0 and sequence.status is Status.RUNNING:
+                count = min(sequence.num_wanted, budget)
+                batch.rows.append(self._row(sequence, count))
+                budget -= count
+        return batch
+
+    def _row(self, sequence: Sequence, count: int) -> Row:
+        return Row(
+            sequence,
+            start=sequence.num_computed,
+            count=count,
+            samples=count == sequence.num_wanted and sequence.max_tokens > 0,
+            prompt_logits=sequence.wants_prompt_logprobs and sequence.num_computed < sequence.num_prompt,
+        )
+
+    def _yield_slots(self) -> None:
+        """Sequences past their quantum give their slots to as many that wait."""
+        wanted = len(self.queue) - (self.max_running - len(self.running))
+        for sequence in list(self.running):
+            if wanted <= 0:
+                break
+            if sequence.quantum_used >= self.quantum_tokens:
+                self.running.remove(sequence)
+                sequence.status = Status.QUEUED
+                self.queue.append(sequence)
+                wanted -= 1
+
+    def _fill_slots(self) -> None:
+        """Give free run slots to the queue, in order."""
+        self._admit()
+        while self.queue and not self.running:
+            # Everybody waits for pages that others in the queue hold: the last holder gives up its own.
+            holder = next(s for s in reversed(self.queue) if s.pages and s is not self.queue[0])
+            self.num_preemptions += 1
+            self._release(holder)
+            self._admit()
+
+    def _admit(self) -> None:
+        """One pass over the queue. A sequence without pages waits until its whole past fits and every
+        running one can still grow by a page; none behind it may start before it, but those who hold
+        their pages run on."""
+        waiting = deque()
+        blocked = False
+        while self.queue and len(self.running) < self.max_running:
+            sequence = self.queue.popleft()
+            missing = max(self.pool.pages_for(len(sequence.token_ids)) - len(sequence.pages), 0)
+            starts = not sequence.pages
+            reserve = len(self.running) if starts else 0
+            if (starts and blocked) or (missing and missing + reserve > self.pool.num_free):
+                blocked = blocked or starts
+                waiting.append(sequence)
+                continue
+            sequence.pages += self.pool.take(missing)
+            sequence.status = Status.RUNNING
+            sequence.quantum_used = 0
+            if sequence.admitted_s is None:
+                sequence.admitted_s = time.monotonic()
+            self.running.append(sequence)
+        self.queue = waiting + self.queue
+
+    def _grow(self, sequence: Sequence, batch: Batch) -> bool:
+        """Make room for the sequence's next token; False when it had to give up its own pages."""
+        missing = self.pool.pages_for(len(sequence.token_ids)) - len(sequence.pages)
+        while missing > self.pool.num_free:
+            victim = self._victim({row.sequence for row in batch.rows})
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.pages += self.pool.take(missing) if missing > 0 else []
+        return True
+
+    def _victim(self, planned: set[Sequence]) -> Sequence:
+        """Who gives up pages: the last in the queue that holds some, else the last that got a slot."""
+        for sequence in reversed(self.queue):
+            if sequence.pages:
+                return sequence
+        return next(sequence for sequence in reversed(self.running) if sequence not in planned)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take all pages back. The sequence is recomputed as soon as it fits again: first in the queue."""
+        self.num_preemptions += 1
+        self._release(sequence)
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        else:
+            self.queue.remove(sequence)
+        sequence.status = Status.QUEUED
+        self.queue.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+        sequence.num_computed = 0
+
+    # --- commit
+
+    def commit(self, batch: Batch, picked: list[Picked]) -> list[Output]:
+        """Record what a step gave; finished sequences return their pages at once."""
+        outputs = []
+        for row, result in zip(batch.rows, picked, strict=True):
+            sequence = row.sequence
+            if sequence.status is Status.FINISHED:  # aborted while the step ran
+                continue
+            sequence.num_computed += row.count
+            if row.prompt_logits:
+                known = len(sequence.prompt_logprobs) - row.start  # more than 0 when recomputed
+                sequence.prompt_logprobs += result.prompt_logprobs[known:]
+            if row.samples:
+                outputs.append(self._append(sequence, result))
+            elif sequence.max_tokens == 0 and sequence.num_wanted == 0:
+                outputs.append(self._finish(sequence, "length"))
+        return outputs
+
+    def _append(self, sequence: Sequence, result: Picked) -> Output:
+        token_id = result.token_id
+        if sequence.first_token_s is None:
+            sequence.first_token_s = time.monotonic()
+        sequence.token_ids.append(token_id)
+        sequence.quantum_used += 1
+        logprobs = [result.logprob] if result.logprob is not None else None
+        if token_id in sequence.stop_ids and sequence.num_output > sequence.sampling.min_tokens:
+            return self._finish(sequence, "stop", [token_id], logprobs, matched_id=token_id)
+        if sequence.num_output >= sequence.max_tokens:
+            return self._finish(sequence, "length", [token_id], logprobs)
+        return self._output(sequence, [token_id], logprobs=logprobs)
+
+    def _finish(self, sequence: Sequence, reason: str, token_ids=(), logprobs=None, **fields) -> Output:
+        """The last output of a sequence; it leaves the scheduler and its pages are free."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        else:
+            self.queue.remove(sequence)
+        output = self._output(sequence, list(token_ids), logprobs=logprobs, finish_reason=reason,
+                              usage=sequence.usage(), **fields)
+        self._release(sequence)
+        sequence.status = Status.FINISHED
+        return output
+
+    def _output(self, sequence: Sequence, token_ids: list[int], **fields) -> Output:
+        first = sequence.num_output == len(token_ids)
+        if sequence.sampling.prompt_logprobs and sequence.index == 0 and first:
+            # nothing precedes the first prompt token, so it has no log-probability
+            fields["prompt_logprobs"] = [None, *sequence.prompt_logprobs]
+        return Output(sequence.rid, sequence.index, token_ids, **fields)
+
+    # --- ending from outside
+
+    def find(self, rid: str | None) -> list[Sequence]:
+        """Live sequences of one request, or all when rid is None."""
+        return [s for s in (*self.running, *self.queue) if rid is None or s.rid == rid]
+
+    def end(self, sequences: list[Sequence], reason: str, error: str | None = None) -> list[Output]:
+        """End live sequences now ("abort" or "error"); their pages are free when this returns."""
+        return [self._finish(sequence, reason, error=error) for sequence in sequences]
+
+    def check(self) -> None:
+        """Prove pages and lists consistent. Raises AssertionError."""
+        live = [*self.running, *self.queue]
+        assert len(set(live)) == len(live), "a sequence is listed twice"
+        assert len(self.running) <= self.max_running
+        for sequence in live:
+            expected = Status.RUNNING if sequence in self.running else Status.QUEUED
+            assert sequence.status is expected
+            assert sequence.num_computed <= len(sequence.pages) * self.pool.page_size
+        self.pool.check(sequence.pages for sequence in live)

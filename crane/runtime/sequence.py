@@ -1,0 +1,67 @@
+"""One choice of one request on its way through the engine. Torch-free."""
+
+import enum
+import time
+
+from crane.runtime.types import Generate, SamplingParams, Usage
+
+
+class Status(enum.Enum):
+    QUEUED = "queued"  # wants to run: new, giving way after its quantum, or to be recomputed
+    RUNNING = "running"  # has a run slot; part of every step
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Prompt, output and pages of one choice. Written by Scheduler only.
+
+    token_ids: prompt, then output. num_computed: tokens whose K/V are in `pages`.
+    A sequence has no phase: it wants `len(token_ids) - num_computed` tokens computed,
+    be they a prompt, a recomputed past or the one token sampled last.
+    """
+
+    def __init__(self, request: Generate, index: int, seed: int, eos_ids: frozenset[int]):
+        sampling = request.sampling
+        self.rid = request.rid
+        self.index = index
+        self.sampling: SamplingParams = sampling
+        self.seed = seed
+        self.token_ids = list(request.prompt_ids)
+        self.num_prompt = len(self.token_ids)
+        self.max_tokens = sampling.max_tokens
+        self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
+        self.num_computed = 0
+        self.pages: list[int] = []
+        self.status = Status.QUEUED
+        self.quantum_used = 0  # tokens decoded since it last got a run slot
+        self.prompt_logprobs: list = []  # collected chunk by chunk when asked for
+        self.arrival_s = time.monotonic()
+        self.admitted_s: float | None = None
+        self.first_token_s: float | None = None
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_wanted(self) -> int:
+        """Tokens to compute before the next one can be sampled."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Logits of prompt positions are wanted (once, for the first choice only)."""
+        return self.sampling.prompt_logprobs and self.index == 0 and len(self.prompt_logprobs) < self.num_prompt - 1
+
+    def usage(self) -> Usage:
+        """Counts and times so far."""
+        now = time.monotonic()
+        admitted = self.admitted_s or now
+        first = self.first_token_s or now
+        return Usage(
+            prompt_tokens=self.num_prompt,
+            completion_tokens=self.num_output,
+            queue_s=admitted - self.arrival_s,
+            prefill_s=first - admitted,
+            decode_s=now - first,
+        )

@@ -1,0 +1,147 @@
+"""Sampling against a slow float64 reference that sorts and cumulates the whole vocabulary."""
+
+import numpy as np
+import pytest
+import torch
+
+from crane.kernels import sampling
+
+
+def kept_set(logits, temperature, top_k, top_p, min_p):
+    """Ids that survive the filters, by the definition in crane.kernels.sampling."""
+    x = np.asarray(logits, np.float64) / temperature
+    order = np.sort(x)[::-1]
+    probs = np.exp(order - order[0])
+    if top_k:
+        probs[top_k:] = 0
+    threshold = order[min(top_k or len(x), len(x)) - 1]
+    if top_p < 1:
+        before = probs.cumsum() - probs
+        last = max(int((before < top_p * probs.sum()).sum()), 1)
+        threshold = max(threshold, order[last - 1])
+    if min_p:
+        threshold = max(threshold, order[0] + np.log(min_p))
+    return np.flatnonzero(x >= threshold - 1e-6)
+
+
+def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    rows = len(logits)
+
+    def column(value, dtype=torch.float32):
+        return torch.tensor(value if isinstance(value, list) else [value] * rows, dtype=dtype)
+
+    return sampling.sample(
+        logits, temperature=column(temperature), top_k=column(top_k, torch.int64), top_p=column(top_p),
+        min_p=column(min_p), uniform=column(uniform, torch.float64),
+    ).tolist()
+
+
+@pytest.mark.parametrize(
+    "counter, key, expected",
+    [  # the known-answer vectors that Random123's authors publish for philox4x32-10
+        ([0] * 4, [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0],
+         [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
+    ],
+)
+def test_philox_gives_the_published_answers(counter, key, expected):
+    packed = np.array([key[0] | key[1] << 32], np.uint64).view(np.int64)
+    got = sampling.philox(torch.from_numpy(packed), torch.tensor([counter]))
+    assert got.tolist() == [expected]
+
+
+def test_uniforms_depend_on_seed_choice_and_position_and_are_uniform():
+    positions = torch.arange(20_000)
+    zero = torch.zeros_like(positions)
+    base = sampling.uniforms(zero, zero, positions)
+    for other in (sampling.uniforms(zero + 1, zero, positions), sampling.uniforms(zero, zero + 1, positions)):
+        assert not torch.equal(base, other)
+        assert abs(np.corrcoef(base.numpy(), other.numpy())[0, 1]) < 0.03
+    assert 0 <= base.min() and base.max() < 1
+    counts = np.histogram(base.numpy(), bins=20, range=(0, 1))[0]
+    assert ((counts - 1000) ** 2 / 1000).sum() < 45  # chi-square, 19 degrees of freedom: p < 0.001 beyond 43.8
+
+
+FILTERS = [
+    dict(top_k=1), dict(top_k=5), dict(top_k=40, top_p=0.95), dict(top_p=0.5), dict(top_p=0.9),
+    dict(min_p=0.1), dict(top_k=20, min_p=0.2), dict(top_k=100, top_p=0.8, min_p=0.05), dict(top_p=0.999),
+    dict(top_k=3000), dict(top_k=1500, top_p=0.99), dict(temperature=0.5, top_p=0.9), dict(temperature=3.0, top_k=50),
+]
+
+
+@pytest.mark.parametrize("vocab", [50, 5000, 20_011])
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_draws_come_from_exactly_the_kept_set(vocab, filters):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(1, vocab, generator=generator) * 3
+    full = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) | filters
+    kept = kept_set(logits[0].numpy(), **full)
+    grid = torch.linspace(0, 1 - 2**-53, 200, dtype=torch.float64).tolist()
+    drawn = draw(logits.expand(200, -1), grid, **filters)
+    assert set(drawn) <= set(kept.tolist())
+    # inverse transform: the uniform walks through the kept ids in order, and reaches both ends
+    assert drawn == sorted(drawn) and drawn[0] == kept[0] and drawn[-1] == kept[-1]
+
+
+def test_frequencies_follow_the_probabilities():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])
+    grid = ((torch.arange(10_000) + 0.5) / 10_000).tolist()
+    drawn = np.bincount(draw(logits.expand(10_000, -1), grid), minlength=5) / 10_000
+    assert np.abs(drawn - torch.softmax(logits[0], -1).numpy()).max() < 2e-4
+
+
+def test_tokens_tied_at_the_threshold_are_all_kept():
+    logits = torch.zeros(1, 3000)
+    logits[0, :10] = 5.0
+    grid = torch.linspace(0, 1 - 2**-53, 500, dtype=torch.float64).tolist()
+    assert set(draw(logits.expand(500, -1), grid, top_k=3)) == set(range(10))
+    tied = torch.zeros(1, 3000)
+    assert len(set(draw(tied.expand(500, -1), grid, top_k=3))) == 500
+
+
+def test_greedy_takes_the_lowest_of_equal_maxima_beside_sampled_rows():
+    logits = torch.zeros(2, 100)
+    logits[:, [30, 60]] = 4.0
+    assert draw(logits, [0.99, 0.99], temperature=[0.0, 1.0], top_k=2) == [30, 60]
+
+
+def test_banned_tokens_are_never_drawn():
+    logits = torch.full((1, 2000), -torch.inf)
+    logits[0, [3, 1500]] = 0.0
+    grid = [0.0, 0.3, 0.5, 0.999]
+    for filters in FILTERS:
+        assert set(draw(logits.expand(4, -1), grid, **filters)) <= {3, 1500}
+
+
+def test_a_row_draws_the_same_alone_and_among_neighbours_with_other_filters():
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(len(FILTERS), 4000, generator=generator) * 2).bfloat16().float()  # bf16: many ties
+    full = [dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) | f for f in FILTERS]
+    for uniform in (0.01, 0.37, 0.5, 0.93):
+        together = draw(logits, uniform, **{name: [f[name] for f in full] for name in full[0]})
+        alone = [draw(logits[i : i + 1], uniform, **f)[0] for i, f in enumerate(full)]
+        assert together == alone
+
+
+def test_penalties_change_the_listed_places_only_and_as_defined():
+    logits = torch.tensor([[2.0, -2.0, 1.0, 0.5], [3.0, 3.0, 3.0, 3.0]])
+    expected = logits.clone()
+    expected[0, 0] = 2.0 / 1.5 - 0.1 * 3 - 0.2  # in the output three times
+    expected[0, 1] = -2.0 * 1.5  # in the prompt only
+    sampling.penalise(
+        logits, torch.tensor([0, 0]), torch.tensor([0, 1]), counts=torch.tensor([3.0, 0.0]),
+        repetition=torch.tensor([1.5, 1.5]), frequency=torch.tensor([0.1, 0.1]), presence=torch.tensor([0.2, 0.2]),
+    )
+    torch.testing.assert_close(logits, expected)
+
+
+def test_log_probabilities_are_log_softmax():
+    logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(1))
+    chosen = torch.tensor([4, 0, 499])
+    picked, ids, values = sampling.log_probabilities(logits, chosen, 5)
+    reference = torch.log_softmax(logits.double(), -1)
+    torch.testing.assert_close(picked.double(), reference[torch.arange(3), chosen], rtol=0, atol=1e-5)
+    assert torch.equal(ids, reference.topk(5).indices)
+    torch.testing.assert_close(values.double(), reference.topk(5).values, rtol=0, atol=1e-5)
+    assert sampling.log_probabilities(logits, chosen, 0)[1].shape == (3, 0)

@@ -1,0 +1,219 @@
+"""Scheduler: no model, no tensors. A scripted "runner" invents tokens."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from crane.runtime.batch import Picked
+from crane.runtime.pages import PagePool
+from crane.runtime.scheduler import Scheduler
+from crane.runtime.sequence import Sequence, Status
+from crane.runtime.types import Generate, SamplingParams
+
+EOS = 7
+
+
+def make_scheduler(num_pages=64, page_size=4, max_running=4, quantum_tokens=2, max_step_tokens=16, max_model_len=64):
+    return Scheduler(
+        PagePool(num_pages, page_size), max_running=max_running, quantum_tokens=quantum_tokens,
+        max_step_tokens=max_step_tokens, max_model_len=max_model_len,
+    )
+
+
+def add(scheduler, rid, num_prompt=4, **sampling):
+    request = Generate(rid, [100 + i for i in range(num_prompt)], SamplingParams(**sampling))
+    sequence = Sequence(request, 0, 0, frozenset({EOS}))
+    scheduler.enqueue(sequence)
+    return sequence
+
+
+def token_for(sequence):
+    """A scripted model: the next token depends on the position only."""
+    return 1000 + len(sequence.token_ids)
+
+
+def step(scheduler, token=token_for):
+    batch = scheduler.plan()
+    picked = [Picked(token(row.sequence) if row.samples else None) for row in batch.rows]
+    outputs = scheduler.commit(batch, picked)
+    scheduler.check()
+    return batch, outputs
+
+
+def drain(scheduler, limit=10_000):
+    outputs = []
+    for _ in range(limit):
+        if not scheduler.has_work:
+            return outputs
+        batch, new = step(scheduler)
+        assert batch.rows, "there is work, but the step is empty"
+        outputs += new
+    raise AssertionError("the scheduler does not come to an end")
+
+
+def test_a_prompt_longer_than_the_budget_is_computed_in_chunks():
+    scheduler = make_scheduler(max_step_tokens=16)
+    add(scheduler, "a", num_prompt=40, max_tokens=2)
+    counts = [[(row.start, row.count, row.samples) for row in step(scheduler)[0].rows] for _ in range(4)]
+    assert counts == [[(0, 16, False)], [(16, 16, False)], [(32, 8, True)], [(40, 1, True)]]
+
+
+def test_prompts_share_a_step_with_sequences_that_decode():
+    scheduler = make_scheduler(max_step_tokens=16)
+    add(scheduler, "a", num_prompt=4, max_tokens=9)
+    step(scheduler)
+    add(scheduler, "b", num_prompt=30, max_tokens=9)
+    batch, _ = step(scheduler)
+    assert [(row.sequence.rid, row.count) for row in batch.rows] == [("a", 1), ("b", 15)]
+
+
+def test_sequences_take_turns_after_their_quantum_when_more_want_to_run_than_fit():
+    scheduler = make_scheduler(max_running=1, quantum_tokens=2)
+    for rid in "abc":
+        add(scheduler, rid, max_tokens=4)
+    order = [row.sequence.rid for _ in range(9) for row in step(scheduler)[0].rows]
+    assert "".join(order) == "aabbccaab"
+
+
+def test_a_sequence_that_gives_way_keeps_its_pages_and_recomputes_nothing():
+    scheduler = make_scheduler(max_running=1, quantum_tokens=1)
+    first, _ = add(scheduler, "a", max_tokens=3), add(scheduler, "b", max_tokens=3)
+    counts = [(row.sequence.rid, row.count) for _ in range(6) for row in step(scheduler)[0].rows]
+    assert counts == [("a", 4), ("b", 4), ("a", 1), ("b", 1), ("a", 1), ("b", 1)]
+    assert scheduler.num_preemptions == 0 and first.status is Status.FINISHED
+
+
+def test_nobody_gives_way_while_no_one_waits():
+    scheduler = make_scheduler(max_running=2, quantum_tokens=1)
+    add(scheduler, "a", max_tokens=5), add(scheduler, "b", max_tokens=5)
+    assert all(len(step(scheduler)[0].rows) == 2 for _ in range(5))
+
+
+def test_finished_and_aborted_sequences_return_their_pages_in_the_same_step():
+    scheduler = make_scheduler()
+    add(scheduler, "a", max_tokens=1), add(scheduler, "b", max_tokens=50)
+    _, outputs = step(scheduler)
+    assert {o.rid: o.finish_reason for o in outputs} == {"a": "length", "b": None}
+    held = scheduler.pool.num_pages - scheduler.pool.num_free
+    assert held == scheduler.pool.pages_for(4)
+    (ended,) = scheduler.end(scheduler.find("b"), "abort")
+    assert ended.finish_reason == "abort" and ended.usage.completion_tokens == 1
+    assert scheduler.pool.num_free == scheduler.pool.num_pages
+
+
+def test_running_out_of_pages_recomputes_the_last_comer_and_changes_no_token():
+    scheduler = make_scheduler(num_pages=8, page_size=4, max_running=4, max_model_len=32)
+    for rid in "abc":
+        add(scheduler, rid, num_prompt=6, max_tokens=12)
+    outputs = drain(scheduler)
+    assert scheduler.num_preemptions > 0
+    for rid in "abc":
+        tokens = [t for o in outputs if o.rid == rid for t in o.token_ids]
+        assert tokens == [1000 + 6 + i for i in range(12)]
+    assert scheduler.pool.num_free == 8
+
+
+def test_the_first_comer_is_never_the_one_that_gives_up_its_pages():
+    scheduler = make_scheduler(num_pages=8, page_size=4, max_running=4, max_model_len=32)
+    first = add(scheduler, "a", num_prompt=6, max_tokens=20)
+    for rid in "bcd":
+        add(scheduler, rid, num_prompt=6, max_tokens=20)
+    computed = 0
+    while first.status is not Status.FINISHED:
+        step(scheduler)
+        if first.status is not Status.FINISHED:
+            assert first.num_computed > computed
+            computed = first.num_computed
+
+
+@pytest.mark.parametrize(
+    "sampling, tokens, reason, matched",
+    [
+        ({"max_tokens": 3}, [1, 2, 3, 4], "length", None),
+        ({"max_tokens": 9}, [1, EOS], "stop", EOS),
+        ({"max_tokens": 2}, [1, EOS], "stop", EOS),
+        ({"max_tokens": 3, "ignore_eos": True}, [1, EOS, 2], "length", None),
+        ({"max_tokens": 9, "stop_token_ids": (5,)}, [1, 5], "stop", 5),
+        ({"max_tokens": 9, "min_tokens": 2}, [EOS, 1, EOS], "stop", EOS),
+    ],
+)
+def test_end_of_a_sequence(sampling, tokens, reason, matched):
+    scheduler = make_scheduler()
+    sequence = add(scheduler, "a", **sampling)
+    script, got, last = iter(tokens), [], None
+    while scheduler.has_work:
+        _, outputs = step(scheduler, lambda s: next(script))
+        got += outputs[0].token_ids
+        last = outputs[0]
+    assert got == tokens[: len(got)] and (last.finish_reason, last.matched_id) == (reason, matched)
+    assert last.usage.completion_tokens == len(got) == sequence.num_output
+    if reason == "length":
+        assert len(got) == sampling["max_tokens"]
+
+
+def test_max_tokens_is_cut_to_what_the_context_leaves():
+    scheduler = make_scheduler(max_model_len=16)
+    add(scheduler, "a", num_prompt=10, max_tokens=1000)
+    outputs = drain(scheduler)
+    assert sum(len(o.token_ids) for o in outputs) == 6 and outputs[-1].finish_reason == "length"
+
+
+def test_max_tokens_zero_computes_the_prompt_and_draws_nothing():
+    scheduler = make_scheduler()
+    add(scheduler, "a", num_prompt=20, max_tokens=0)
+    outputs = drain(scheduler)
+    assert [(o.token_ids, o.finish_reason) for o in outputs] == [([], "length")]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random submits, steps and aborts; every sequence must give exactly its own tokens, and pages must add up."""
+
+    def __init__(self):
+        super().__init__()
+        self.scheduler = make_scheduler(num_pages=10, page_size=4, max_running=3, quantum_tokens=3,
+                                        max_step_tokens=8, max_model_len=40)
+        self.live: dict[str, Sequence] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.num_added = 0
+
+    @rule(num_prompt=st.integers(1, 39), max_tokens=st.integers(1, 40))
+    def submit(self, num_prompt, max_tokens):
+        rid = f"r{self.num_added}"
+        self.num_added += 1
+        self.live[rid] = add(self.scheduler, rid, num_prompt, max_tokens=max_tokens)
+        self.tokens[rid] = []
+
+    @rule()
+    def step(self):
+        had_work = self.scheduler.has_work
+        batch, outputs = step(self.scheduler)
+        assert bool(batch.rows) == had_work, "the step is idle although something can run"
+        assert batch.num_tokens <= self.scheduler.max_step_tokens
+        for output in outputs:
+            self.tokens[output.rid] += output.token_ids
+            if output.finish_reason:
+                sequence = self.live.pop(output.rid)
+                expected = [1000 + sequence.num_prompt + i for i in range(sequence.max_tokens)]
+                assert self.tokens[output.rid] == expected
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def abort(self, data):
+        rid = data.draw(st.sampled_from(sorted(self.live)))
+        (output,) = self.scheduler.end(self.scheduler.find(rid), "abort")
+        assert output.finish_reason == "abort"
+        del self.live[rid]
+
+    @invariant()
+    def ledger_adds_up(self):
+        self.scheduler.check()
+        assert {s.rid for s in self.scheduler.find(None)} == set(self.live)
+
+    def teardown(self):
+        drain(self.scheduler)
+        assert self.scheduler.pool.num_free == self.scheduler.pool.num_pages
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestSchedulerMachine = SchedulerMachine.TestCase
