@@ -14,3 +14,49 @@ from crane.models.files import Checkpoint
 from crane.models.weights import Weights
 
 _MODELS: dict[str, type[Decoder]] = {}
+
+
+def architecture(*names: str, gguf: str, model_type: str) -> Callable[[type[Decoder]], type[Decoder]]:
+    """Enter a class as the one that runs `model_type`.
+
+    names: what `architectures` of a config.json may say; gguf: `general.architecture`.
+    """
+
+    def enter(cls: type[Decoder]) -> type[Decoder]:
+        assert model_type not in _MODELS, model_type
+        cls.names, cls.gguf = names, gguf
+        _MODELS[model_type] = cls
+        return cls
+
+    return enter
+
+
+def models() -> dict[str, type[Decoder]]:
+    """Every class by model_type."""
+    for module in pkgutil.iter_modules(arch.__path__):
+        importlib.import_module(f"{arch.__name__}.{module.name}")
+    return dict(_MODELS)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """The model of a checkpoint, its weights on `device` in `dtype`, ready to run.
+
+    progress(loaded_bytes, total_bytes) is called as tensors are placed.
+    Raises ModelError when a tensor is missing, misshapen or unknown.
+    """
+    known = models()
+    if config.model_type not in known:
+        raise ModelError(
+            f"{checkpoint.path}: no model class for {config.model_type!r}; supported: {', '.join(sorted(known))}"
+        )
+    with torch.no_grad():
+        weights = Weights(checkpoint, config, device=torch.device(device), dtype=dtype, progress=progress)
+        model = known[config.model_type](config, weights)
+        weights.finish()
+    return model

@@ -18,6 +18,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,13 +196,9 @@ def listen(path: Path) -> socket.socket:
     """A listening socket at `path`, mode 0600. A stale file is replaced; a live listener is a SettingsError."""
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     if path.is_socket():
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink()
-            else:
-                raise SettingsError(f"another engine listens on {path}")
+        if _answers(path):
+            raise SettingsError(f"another engine listens on {path}")
+        path.unlink()
     umask = os.umask(0o177)
     try:
         server.bind(str(path))
@@ -223,12 +220,31 @@ def unlink_own(path: Path, inode: tuple[int, int]) -> None:
 
 
 def sweep() -> None:
-    """Remove what arbiters that are gone left in the run folder."""
+    """Remove what killed servers left in the run folder: dead sockets at once, notes after a day.
+
+    Processes of another container may share the folder: a pid that looks dead here is not proof enough.
+    """
     for path in run_dir().iterdir():
         pid = path.name.partition("-")[0]
-        if pid.isdigit() and not alive(int(pid)):
-            with contextlib.suppress(FileNotFoundError):
+        if not pid.isdigit() or alive(int(pid)):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_socket():
+                stale = not _answers(path)
+            else:
+                stale = time.time() - path.stat().st_mtime > 86400
+            if stale:
                 path.unlink()
+
+
+def _answers(path: Path) -> bool:
+    """Whether a process listens on the socket file."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 def claim(what: str, arbiter_pid: int) -> bool:

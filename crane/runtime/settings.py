@@ -54,7 +54,7 @@ class Settings:
     max_body: int = _setting(32 << 20, "largest request body", minimum=1, kind="bytes")
     graceful_timeout_s: int = _setting(60, "seconds running requests get after SIGTERM", minimum=0)
     worker_swap: bool = _setting(True, "let plain `gunicorn crane.api:app` use the asgi worker")
-    log_level: str = _setting("info", "log level", choices=("debug", "info", "warning", "error"))
+    log_level: str = _setting("info", "log level of every process", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self):
         for spec in dataclasses.fields(self):

@@ -1,0 +1,206 @@
+"""The application: route table, error handlers, and one callable that is WSGI and ASGI."""
+
+import asyncio
+import logging
+import os
+import re
+import threading
+import uuid
+from dataclasses import dataclass
+
+import falcon
+import falcon.asgi
+
+from crane.api import admin, completions, openai, tokens
+from crane.api.drivers import AsgiResource, Tether, WsgiResource, put, put_error
+from crane.api.endpoint import Context, Endpoint
+from crane.api.errors import http_error_reply, not_ready
+from crane.api.served import ServedModel
+from crane.errors import CraneError, EngineError, ModelError
+from crane.runtime.client import Link, LinkThread
+from crane.runtime.settings import Settings
+from crane.runtime.types import State
+
+ENDPOINTS: tuple[Endpoint, ...] = openai.ENDPOINTS + completions.ENDPOINTS + tokens.ENDPOINTS + admin.ENDPOINTS
+
+log = logging.getLogger("crane.api")
+
+
+@dataclass
+class Site:
+    """What one worker process serves. model is None until loaded; model_error says why it never will be."""
+
+    settings: Settings
+    link: Link | LinkThread
+    model: ServedModel | None = None
+    model_error: ModelError | None = None
+
+    def context(self, needs: str) -> Context:
+        """For one request of an endpoint with `needs`. Raises EngineError when they are not met."""
+        state = self.link.state
+        if self.model_error is not None:
+            state = State("failed", reason=str(self.model_error))
+        if needs == "engine" and state.status != "ready" or needs == "model" and self.model is None:
+            raise not_ready(state)
+        return Context(self.settings, self.model, state)
+
+    def load_model(self) -> None:
+        try:
+            self.model = self.model or ServedModel.load(self.settings)
+        except ModelError as error:
+            self.model_error = error
+
+
+class App:
+    """`app(environ, start_response)` is WSGI, `app(scope, receive, send)` is ASGI.
+
+    Reads no setting, loads nothing and connects to nothing before the first
+    lifespan event or request, and again so in every forked worker.
+    """
+
+    def __init__(self, settings: Settings | None = None, *, link=None, model: ServedModel | None = None):
+        self._settings = settings
+        self._given_link = link
+        self._given_model = model
+        self._lock = threading.Lock()
+        self._site: Site | None = None
+        self._pid = 0
+        self._starting: asyncio.Task | None = None
+        self._warned = False
+        self._wsgi = _build(falcon.App(middleware=[RequestId()]), WsgiResource, self._current_site)
+        self._asgi = _build(falcon.asgi.App(middleware=[RequestId()]), AsgiResource, self._current_site)
+
+    def __call__(self, first, second, third=None):
+        if third is not None:
+            return self._call_asgi(first, second, third)
+        if not first.get("wsgi.multithread") and not self._warned:
+            self._warned = True
+            log.warning("this worker answers one request at a time: use -k asgi, or -k gthread with --threads")
+        self.start_blocking()
+        return self._wsgi(first, second)
+
+    # servers ask before they call; a plain function that returns a coroutine must say so
+    __call__._is_coroutine = asyncio.coroutines._is_coroutine
+
+    def start_blocking(self) -> Site:
+        """Connect (or start) the engine and load the text side, from a WSGI worker; idempotent."""
+        with self._lock:
+            if not self._started_here():
+                self._site = self._new_site(LinkThread)
+                self._pid = os.getpid()
+                self._site.load_model()
+            return self._site
+
+    async def start(self) -> Site:
+        """The same on a running event loop; concurrent callers share one start."""
+        if not self._started_here():
+            if self._starting is None or self._pid != os.getpid():
+                self._pid = os.getpid()
+                self._site = None
+                self._starting = asyncio.create_task(self._start())
+            await asyncio.shield(self._starting)
+        return self._site
+
+    async def stop(self) -> None:
+        """Close the link to the engine; the engine itself outlives it."""
+        site, self._site, self._starting = self._site, None, None
+        if site is not None:
+            await site.link.stop()
+
+    async def _start(self) -> None:
+        site = self._new_site(Link)
+        await asyncio.to_thread(site.load_model)
+        self._site = site
+
+    def _new_site(self, link_type) -> Site:
+        settings = self._settings if self._settings is not None else Settings.from_env()
+        link = self._given_link if self._given_link is not None else link_type(settings)
+        link.start()
+        return Site(settings, link, self._given_model)
+
+    def _started_here(self) -> bool:
+        return self._site is not None and self._pid == os.getpid()
+
+    def _current_site(self) -> Site:
+        return self._site
+
+    async def _call_asgi(self, scope, receive, send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        if not self._started_here():
+            await self.start()
+        tether = scope["crane.tether"] = Tether(receive)
+        try:
+            await self._asgi(scope, receive, send)
+        finally:
+            tether.release()
+
+    async def _lifespan(self, receive, send) -> None:
+        while True:
+            event = await receive()
+            if event["type"] == "lifespan.shutdown":
+                await self.stop()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+            try:
+                site = await self.start()
+            except CraneError as error:
+                await send({"type": "lifespan.startup.failed", "message": str(error)})
+                return
+            if site.model_error is not None:
+                await self.stop()
+                await send({"type": "lifespan.startup.failed", "message": str(site.model_error)})
+                return
+            await send({"type": "lifespan.startup.complete"})
+
+
+class RequestId:
+    """falcon middleware: every response carries the client's x-request-id, or a new one."""
+
+    def process_request(self, req, resp) -> None:
+        given = req.get_header("x-request-id") or ""
+        resp.set_header("x-request-id", given if re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex)
+
+    async def process_request_async(self, req, resp) -> None:
+        self.process_request(req, resp)
+
+
+def create_app(settings: Settings | None = None, **overrides) -> App:
+    """A new application. settings: default CRANE_* variables, with `overrides` by setting name."""
+    if overrides:
+        settings = Settings.from_env(**overrides)
+    return App(settings)
+
+
+def _build(app, resource_type, get_site):
+    """Routes, error shapes and options on a falcon app, WSGI or ASGI."""
+    by_path: dict[str, list[Endpoint]] = {}
+    for endpoint in ENDPOINTS:
+        by_path.setdefault(endpoint.path, []).append(endpoint)
+    for path, endpoints in by_path.items():
+        app.add_route(path, resource_type(endpoints, get_site))
+    app.req_options.strip_url_path_trailing_slash = True
+    app.set_error_serializer(_serialize_http_error)
+    if isinstance(app, falcon.asgi.App):
+        app.add_error_handler(Exception, _handle_async)
+    else:
+        app.add_error_handler(Exception, _handle)
+    return app
+
+
+def _handle(req, resp, error, params) -> None:
+    put_error(resp, error)
+
+
+async def _handle_async(req, resp, error, params) -> None:
+    put_error(resp, error)
+
+
+def _serialize_http_error(req, resp, error: falcon.HTTPError) -> None:
+    messages = {
+        404: f"unknown route: {req.method} {req.path}",
+        405: f"{req.method} is not allowed for {req.path}",
+    }
+    message = messages.get(error.status_code) or error.description or error.title
+    put(resp, http_error_reply(error.status_code, message))

@@ -1,0 +1,296 @@
+"""The two thin drivers: they carry out what endpoints ask for, over ASGI and over WSGI.
+
+All I/O of the API is here: reading bodies, asking the engine, writing frames,
+and noticing that a client is gone, which aborts its requests.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from crane.api import sse
+from crane.api.endpoint import JSON, Answer, Endpoint, Generation, Question, Reply, Request
+from crane.api.errors import error_frame, error_reply
+from crane.errors import CraneError, EngineError, RequestError
+from crane.runtime.types import Output
+
+LONG_BODY_BYTES = 8192  # longer ones are parsed off the event loop
+LOOK_S = 0.2  # how often a WSGI worker looks whether its client is still there
+ACCEPT_TIMEOUT_S = 30.0
+CLIENT_GONE = Reply(b"", 499)
+
+log = logging.getLogger("crane.api")
+
+
+class AsgiResource:
+    """The endpoints of one path, for falcon.asgi. site: the worker's `app.Site`."""
+
+    def __init__(self, endpoints: list[Endpoint], site: Callable):
+        for endpoint in endpoints:
+            _attach(self, endpoint, self._responder(endpoint, site))
+
+    @staticmethod
+    def _responder(endpoint: Endpoint, get_site: Callable):
+        async def respond(req, resp, **params):
+            site = get_site()
+            body = b"" if endpoint.method == "GET" else await _read_async(req, site.settings.max_body)
+            context = site.context(endpoint.needs)
+            request = Request(endpoint.method, req.path, params, req.params, body)
+            if len(body) > LONG_BODY_BYTES:
+                answer = await asyncio.to_thread(endpoint.run, context, request)
+            else:
+                answer = endpoint.run(context, request)
+            if isinstance(answer, Question):
+                answer = answer.render(await site.link.call(answer.op, answer.payload))
+            if not isinstance(answer, Reply):
+                answer = await _generate_async(site.link, answer, req.scope["crane.tether"], resp)
+            if answer is not None:
+                put(resp, answer)
+
+        return respond
+
+
+class Tether:
+    """Ties the engine's work for one ASGI request to its client.
+
+    falcon does not look whether a streaming client is still there, so a task of
+    ours does: it wakes the stream when the client leaves.
+    """
+
+    def __init__(self, receive):
+        self._receive = receive
+        self._stream = None
+        self._watcher = None
+
+    def hold(self, stream):
+        """`stream`, from now on closed with the request. Call once the body is read."""
+        self._stream = stream
+        self._watcher = asyncio.create_task(self._watch())
+        return stream
+
+    def release(self) -> None:
+        """The request is over: whatever of it still runs is aborted."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._stream is not None:
+            self._stream.close()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._stream.disconnect()
+
+
+class WsgiResource:
+    """The endpoints of one path, for falcon's WSGI side."""
+
+    def __init__(self, endpoints: list[Endpoint], site: Callable):
+        for endpoint in endpoints:
+            _attach(self, endpoint, self._responder(endpoint, site))
+
+    @staticmethod
+    def _responder(endpoint: Endpoint, get_site: Callable):
+        def respond(req, resp, **params):
+            site = get_site()
+            body = b"" if endpoint.method == "GET" else _read_blocking(req, site.settings.max_body)
+            request = Request(endpoint.method, req.path, params, req.params, body)
+            answer: Answer = endpoint.run(site.context(endpoint.needs), request)
+            if isinstance(answer, Question):
+                answer = answer.render(site.link.call(answer.op, answer.payload))
+            if not isinstance(answer, Reply):
+                answer = _generate_blocking(site.link, answer, req.env, resp)
+            if answer is not None:
+                put(resp, answer)
+
+        return respond
+
+
+class BlockingFrames:
+    """The chunks of one WSGI stream; close() aborts what still runs, also before the first chunk."""
+
+    def __init__(self, link, stream, generation: Generation, client: "WsgiClient"):
+        self._stream = stream
+        self._chunks = self._make(link, generation, client)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._chunks
+
+    def close(self) -> None:
+        self._chunks.close()
+        self._stream.close()
+
+    def _make(self, link, generation: Generation, client: "WsgiClient") -> Iterator[bytes]:
+        sent_at = time.monotonic()
+        chunk = generation.start()
+        if chunk:
+            yield chunk
+        while not generation.finished:
+            outputs = wait_blocking(self._stream, client, sent_at + sse.KEEP_ALIVE_S)
+            if outputs == []:
+                return
+            chunk = sse.KEEP_ALIVE if outputs is None else advance(link, generation, outputs)
+            if chunk:
+                sent_at = time.monotonic()
+                yield chunk
+
+
+class WsgiClient:
+    """Whether the peer of a WSGI request is still there, looked up at most every LOOK_S."""
+
+    def __init__(self, environ: dict):
+        self._socket = environ.get("gunicorn.socket")
+        self._next_look = time.monotonic() + LOOK_S
+
+    def gone(self) -> bool:
+        now = time.monotonic()
+        if self._socket is None or now < self._next_look:
+            return False
+        self._next_look = now + LOOK_S
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except (BlockingIOError, InterruptedError):
+            return False
+        except ValueError:  # TLS sockets cannot be peeked at; a failing write will tell
+            return False
+        except OSError:
+            return True
+
+
+def advance(link, generation: Generation, outputs: list[Output]) -> bytes:
+    """Feed one batch of outputs and return all that can be sent now, the end included."""
+    try:
+        chunk = generation.feed(outputs)
+    except Exception as error:  # the status line is out: an error event is the only way to answer
+        if not generation.stream:
+            raise
+        log.exception("a stream broke")
+        generation.failed = EngineError("internal", "internal error")
+        return error_frame(error)
+    for rid in generation.take_aborts():
+        link.abort(rid)
+    if generation.stream and generation.finished:
+        chunk += generation.finish()
+    return chunk
+
+
+async def frames_async(link, stream, generation: Generation) -> AsyncIterator[bytes]:
+    """The chunks of one ASGI stream; ends early when the client is gone."""
+    now = asyncio.get_running_loop().time
+    sent_at = now()
+    chunk = generation.start()
+    if chunk:
+        yield chunk
+    while not generation.finished:
+        try:
+            async with asyncio.timeout_at(sent_at + sse.KEEP_ALIVE_S):
+                outputs = await stream.next()
+        except TimeoutError:
+            chunk = sse.KEEP_ALIVE
+        else:
+            if not outputs:
+                return
+            chunk = advance(link, generation, outputs)
+        if chunk:
+            sent_at = now()
+            yield chunk
+
+
+def wait_blocking(stream, client: WsgiClient, until: float) -> list[Output] | None:
+    """Outputs; [] when the client is gone; None when the clock passed `until`."""
+    while True:
+        outputs = stream.next(LOOK_S)
+        if client.gone():
+            return []
+        if outputs is not None:
+            return outputs
+        if time.monotonic() >= until:
+            return None
+
+
+def put(resp, reply: Reply) -> None:
+    """A Reply as falcon's response, WSGI or ASGI."""
+    resp.status = reply.status
+    resp.data = reply.body
+    resp.content_type = JSON
+    resp.set_headers(dict(reply.headers))
+
+
+def put_error(resp, error: Exception) -> None:
+    """The answer to a request that raised `error`; what is not ours to raise is logged."""
+    if not isinstance(error, CraneError):
+        log.error("a request broke", exc_info=error)
+    put(resp, error_reply(error))
+
+
+async def _generate_async(link, generation: Generation, tether: Tether, resp) -> Reply | None:
+    """Runs a generation; None when `resp` streams it."""
+    stream = tether.hold(link.open(generation.requests))
+    await stream.accepted()  # so that a refusal still has a status of its own
+    if generation.stream:
+        resp.set_headers(sse.HEADERS)
+        resp.stream = frames_async(link, stream, generation)
+        return None
+    while not generation.finished:
+        outputs = await stream.next()
+        if not outputs:
+            return CLIENT_GONE
+        advance(link, generation, outputs)
+    return Reply(generation.body())
+
+
+def _generate_blocking(link, generation: Generation, environ: dict, resp) -> Reply | None:
+    """Runs a generation; None when `resp` streams it."""
+    stream = link.open(generation.requests)
+    client = WsgiClient(environ)
+    streaming = False
+    try:
+        stream.accepted(ACCEPT_TIMEOUT_S)
+        if generation.stream:
+            resp.set_headers(sse.HEADERS)
+            resp.stream = BlockingFrames(link, stream, generation, client)
+            streaming = True
+            return None
+        while not generation.finished:
+            outputs = wait_blocking(stream, client, float("inf"))
+            if not outputs:
+                return CLIENT_GONE
+            advance(link, generation, outputs)
+        return Reply(generation.body())
+    finally:
+        if not streaming:
+            stream.close()
+
+
+def _attach(resource, endpoint: Endpoint, responder) -> None:
+    setattr(resource, f"on_{endpoint.method.lower()}", responder)
+    if endpoint.method == "GET":
+        resource.on_head = responder  # falcon drops the body of a HEAD response itself
+
+
+async def _read_async(req, limit: int) -> bytes:
+    """The body, whatever its content type. Raises RequestError (413) above `limit` bytes."""
+    if (req.content_length or 0) > limit:
+        raise _too_large(limit)
+    parts, size = [], 0
+    async for part in req.stream:
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _read_blocking(req, limit: int) -> bytes:
+    if (req.content_length or 0) > limit:
+        raise _too_large(limit)
+    chunked = req.content_length is None and req.env.get("wsgi.input_terminated")
+    body = (req.env["wsgi.input"] if chunked else req.bounded_stream).read(limit + 1)
+    if len(body) > limit:
+        raise _too_large(limit)
+    return body
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(f"the body is larger than the limit of {limit} bytes", status=413)

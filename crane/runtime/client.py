@@ -1,0 +1,390 @@
+"""A worker's side of the engine socket: `Link` for asyncio, `LinkThread` for threads.
+
+A Link finds the engine or starts it (see `launch`), keeps one connection, and
+hands every request group a `Stream`. When the engine is lost, every open stream
+gets an error at once; nothing is retried on the client's behalf. Torch-free.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any
+
+from crane import __version__
+from crane.errors import EngineError, SettingsError
+from crane.runtime import launch
+from crane.runtime.settings import Settings
+from crane.runtime.types import (
+    Abort, Accepted, Call, EngineInfo, Generate, Hello, Output, Rejected, Reply, State, Step,
+)
+from crane.runtime.wire import PROTOCOL, FrameReader, WireError, pack
+
+log = logging.getLogger("crane.link")
+
+# An engine that accepts a connection and says nothing for so long is stuck.
+GREETING_S = 10.0
+# A started engine has this long to bind; loading comes after that.
+BIND_S = 60.0
+RETRY_S = 1.0
+LOST = "engine_lost: the engine ended before it finished this request"
+
+
+class Stream:
+    """The outputs of one group of requests, in order of arrival. Belongs to the link's loop."""
+
+    def __init__(self, link: "Link", requests: Sequence[Generate]):
+        self._link = link
+        self._open = {request.rid: set(range(request.sampling.n)) for request in requests}
+        self._unaccepted = set(self._open)
+        self._refused: EngineError | None = None
+        self._outputs: deque[Output] = deque()
+        self._changed = asyncio.Event()
+        self._disconnected = False
+
+    @property
+    def finished(self) -> bool:
+        """Every choice has had its last output, whether `next` has given it out or not."""
+        return not self._open
+
+    async def accepted(self) -> None:
+        """Wait until the engine has taken every request. Raises EngineError when it refuses one; none runs then."""
+        while self._unaccepted and self._refused is None and not self._disconnected:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._refused is not None:
+            self.close()
+            raise self._refused
+
+    async def next(self) -> list[Output]:
+        """All outputs that have come, at least one; [] once finished or after `disconnect`."""
+        while not self._outputs and not self._disconnected and self._open:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._disconnected:
+            return []
+        outputs = list(self._outputs)
+        self._outputs.clear()
+        return outputs
+
+    def disconnect(self) -> None:
+        """The client is gone: whoever waits in `next` gets []."""
+        self._disconnected = True
+        self._changed.set()
+
+    def close(self) -> None:
+        """Abort what is unfinished. Idempotent."""
+        for rid in self._open:
+            self._link.forget(rid)
+        self._open.clear()
+        self._changed.set()
+
+    def take(self, message: Accepted | Rejected | Output) -> None:
+        """From the link: something about one of this stream's requests."""
+        rid = message.rid
+        if isinstance(message, Accepted):
+            self._unaccepted.discard(rid)
+        elif isinstance(message, Rejected):
+            self._refused = self._refused or EngineError(message.code, message.message, message.retry_after_s)
+            self._end(rid)
+        elif rid not in self._unaccepted:  # else a late output of an earlier request with this rid
+            self._outputs.append(message)
+            if message.finish_reason is not None:
+                self._open[rid].discard(message.index)
+                if not self._open[rid]:
+                    self._end(rid)
+        self._changed.set()
+
+    def _end(self, rid: str) -> None:
+        self._open.pop(rid, None)
+        self._unaccepted.discard(rid)
+        self._link.ended(rid)
+
+    def lose(self) -> None:
+        """From the link: the engine is gone."""
+        if self._unaccepted:
+            self._refused = self._refused or EngineError("lost", LOST, RETRY_S)
+        for rid, indexes in self._open.items():
+            self._outputs += [Output(rid, i, [], finish_reason="error", error=LOST) for i in sorted(indexes)]
+        self._open.clear()
+        self._unaccepted.clear()
+        self._changed.set()
+
+
+class _Connection(asyncio.Protocol):
+    """One connection to an engine. `greeting` is its first State, or None when it ends without one."""
+
+    def __init__(self, link: "Link"):
+        self._link = link
+        self._reader = FrameReader("api")
+        self.greeting: asyncio.Future[State | None] = asyncio.get_running_loop().create_future()
+        self.lost = asyncio.Event()
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport) -> None:
+        self.transport = transport
+        transport.write(pack(Hello(PROTOCOL, os.getpid(), __version__)))
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for message in self._reader.feed(data):
+                if not self.greeting.done() and isinstance(message, State):
+                    self.greeting.set_result(message)
+                self._link.receive(message)
+        except WireError as error:
+            log.error("the engine's link is cut: %s", error)
+            self.transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.greeting.done():
+            self.greeting.set_result(None)
+        self.lost.set()
+
+
+class Link:
+    """This worker's connection to the engine. Make it anywhere; everything else belongs to one loop.
+
+    arbiter_pid: the process whose workers share the engine (default: our parent). on_halt(reason) is called
+    when the engine could not start even once. on_state: callables that get every new State.
+    """
+
+    def __init__(self, settings: Settings, *, arbiter_pid: int | None = None,
+                 command: Sequence[str] = launch.ENGINE_COMMAND,
+                 on_halt: Callable[[str], None] = launch.halt_server):
+        self.settings = settings
+        self.state = State("starting")
+        self.on_state: list[Callable[[State], None]] = []
+        self._arbiter_pid = arbiter_pid
+        self._command = command
+        self._on_halt = on_halt
+        self._place: launch.Meeting | None = None
+        self._connection: _Connection | None = None
+        self._engine: subprocess.Popen | None = None
+        self._streams: dict[str, Stream] = {}
+        self._calls: dict[int, asyncio.Future] = {}
+        self._num_calls = 0
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task | None = None
+
+    # for the API
+
+    def start(self) -> None:
+        """Connect or start the engine, and stay connected, in the background. Call on the loop."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="engine link")
+
+    async def stop(self) -> None:
+        """Leave the engine. Open streams end as lost."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        self._drop()
+
+    async def ready(self, timeout_s: float) -> EngineInfo:
+        """Wait until the engine is ready. Raises EngineError when it has failed or time is up."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.state.status not in ("ready", "failed"):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
+        self._check_ready()
+        return self.state.info
+
+    def open(self, requests: Sequence[Generate]) -> Stream:
+        """Send the requests. Raises EngineError at once when the engine is not ready or a rid is in use."""
+        self._check_ready()
+        rids = [request.rid for request in requests]
+        taken = next((rid for i, rid in enumerate(rids) if rid in self._streams or rid in rids[:i]), None)
+        if taken is not None:
+            raise EngineError("duplicate_rid", f"a request with id {taken!r} is running")
+        try:
+            frames = b"".join(pack(request) for request in requests)
+        except WireError as error:
+            raise EngineError("too_long", f"the request is too large: {error}") from None
+        stream = Stream(self, requests)
+        self._streams.update(dict.fromkeys(rids, stream))
+        self._connection.transport.write(frames)
+        return stream
+
+    async def call(self, op: str, payload: Any = None, timeout_s: float = 30.0) -> Any:
+        """Ask the engine. Raises EngineError: not ready, no answer in time, or the engine's own message."""
+        if self.state.status not in ("ready", "draining"):
+            self._check_ready()
+        self._num_calls += 1
+        answer = self._calls[self._num_calls] = asyncio.get_running_loop().create_future()
+        self._connection.transport.write(pack(Call(self._num_calls, op, payload)))
+        try:
+            reply = await asyncio.wait_for(answer, timeout_s)
+        except TimeoutError:
+            raise EngineError("internal", f"the engine did not answer {op!r} within {timeout_s:g} s") from None
+        finally:
+            self._calls.pop(self._num_calls, None)
+        if reply.error is not None:
+            raise EngineError("internal", reply.error)
+        return reply.payload
+
+    def abort(self, rid: str | None) -> None:
+        """End a request of any worker, or all requests (None). Unknown ids and a lost engine are no error."""
+        if self._connection is not None:
+            self._connection.transport.write(pack(Abort(rid)))
+
+    def _check_ready(self) -> None:
+        state = self.state
+        if state.status == "ready":
+            return
+        code = "loading" if state.status == "starting" else state.status
+        texts = {
+            "loading": "the model is loading",
+            "draining": "the server is stopping",
+            "lost": "the engine is restarting",
+            "failed": f"the engine cannot serve: {state.reason}",
+        }
+        raise EngineError(code, texts[code], 5.0 if code == "failed" else RETRY_S)
+
+    # for streams and the connection
+
+    def forget(self, rid: str) -> None:
+        """The stream does not want the request any more."""
+        if self._streams.pop(rid, None) is not None:
+            self.abort(rid)
+
+    def ended(self, rid: str) -> None:
+        self._streams.pop(rid, None)
+
+    def receive(self, message) -> None:
+        if isinstance(message, Step):
+            for output in message.outputs:
+                stream = self._streams.get(output.rid)
+                if stream is not None:
+                    stream.take(output)
+        elif isinstance(message, Accepted | Rejected):
+            stream = self._streams.get(message.rid)
+            if stream is not None:
+                stream.take(message)
+        elif isinstance(message, State):
+            self._set(message)
+        elif isinstance(message, Reply):
+            answer = self._calls.get(message.id)
+            if answer is not None and not answer.done():
+                answer.set_result(message)
+
+    def _set(self, state: State) -> None:
+        if state == self.state:
+            return
+        self.state = state
+        self._changed.set()
+        for callback in self.on_state:
+            callback(state)
+
+    # staying connected
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                self._place = self._place or launch.meeting(self.settings, self._arbiter_pid or os.getppid())
+                connection = await self._connect_or_start()
+            except (OSError, SettingsError) as error:  # no run folder, no process to be had, ...
+                self._set(State("failed", reason=f"cannot reach the engine: {error}"))
+                connection = None
+            if connection is None:
+                await asyncio.sleep(RETRY_S)
+                continue
+            self._connection = connection
+            self._set(connection.greeting.result())
+            await self._until_lost(connection)
+            self._drop()
+
+    async def _until_lost(self, connection: _Connection) -> None:
+        """Until the connection ends. A failed engine has nothing more to say and leaves once we have."""
+        while not connection.lost.is_set() and self.state.status != "failed":
+            lost = asyncio.ensure_future(connection.lost.wait())
+            changed = asyncio.ensure_future(self._changed.wait())
+            await asyncio.wait((lost, changed), return_when=asyncio.FIRST_COMPLETED)
+            lost.cancel()
+            changed.cancel()
+            if changed.done():
+                self._changed.clear()
+
+    def _drop(self) -> None:
+        """The connection is of no more use: everything that waited on it is told."""
+        if self._connection is not None:
+            self._connection.transport.abort()
+            self._connection = None
+        streams = set(self._streams.values())
+        self._streams.clear()
+        if self.state.status != "failed":
+            self._set(State("lost"))
+        for stream in streams:
+            stream.lose()
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(EngineError("lost", "the engine ended before it answered", RETRY_S))
+
+    async def _connect_or_start(self) -> _Connection | None:
+        """A greeted connection, or None: try again later. Starts the engine when nobody is there to answer."""
+        connection = await self._connect()
+        if connection is not None or self._place.arbiter_pid is None:
+            if connection is None:
+                self._set(State("lost", reason=f"no engine answers on {self._place.socket}"))
+            return connection
+        with launch.locked(self._place) as fd:
+            if fd is None:
+                return await self._short_pause()  # another worker is at it
+            connection = await self._connect()
+            if connection is not None:
+                return connection
+            record = launch.read_record(fd)
+            if record.exhausted:
+                return self._give_up(record)
+            if record.attempts:
+                await asyncio.sleep(RETRY_S * 2**record.attempts)
+            self._place.socket.unlink(missing_ok=True)
+            launch.sweep()
+            record.attempts += 1
+            record.reason = ""
+            launch.write_record(fd, record)
+            return await self._start_engine()
+
+    async def _short_pause(self) -> None:
+        await asyncio.sleep(0.05)
+
+    def _give_up(self, record: launch.Record) -> None:
+        reason = record.reason or "the engine died while it was loading"
+        self._set(State("failed", reason=reason))
+        if not record.was_ready:
+            self._on_halt(reason)
+
+    async def _connect(self) -> _Connection | None:
+        """Connect, and wait for the first State. None when nobody listens; TimeoutError when it says nothing."""
+        loop = asyncio.get_running_loop()
+        try:
+            _, connection = await loop.create_unix_connection(lambda: _Connection(self), str(self._place.socket))
+        except (FileNotFoundError, ConnectionError):
+            return None
+        try:
+            greeting = await asyncio.wait_for(connection.greeting, GREETING_S)
+        except TimeoutError:
+            connection.transport.abort()
+            raise
+        return connection if greeting is not None else None
+
+    async def _start_engine(self) -> _Connection | None:
+        """Start it and wait until it listens. Holding the lock, so that nobody starts a second one."""
+        self._engine = launch.spawn(self.settings, self._place, self._command)
+        deadline = asyncio.get_running_loop().time() + BIND_S
+        while self._engine.poll() is None and asyncio.get_running_loop().time() < deadline:
+            connection = await self._connect()
+            if connection is not None:
+                return connection
+            await asyncio.sleep(0.02)
+        return None

@@ -1,0 +1,324 @@
+"""The engine process: `python -m crane.runtime.server`.
+
+The main thread runs an asyncio loop that owns the socket, the signals and the
+decision to leave; one other thread loads the engine and steps it. The engine
+binds before it loads, so that workers can watch it load.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from crane import __version__
+from crane.errors import CraneError
+from crane.runtime import launch
+from crane.runtime.settings import Settings
+from crane.runtime.stepper import Stepper
+from crane.runtime.types import Abort, Call, Generate, Hello, Rejected, Reply, State
+from crane.runtime.wire import PROTOCOL, FrameReader, WireError, pack
+
+log = logging.getLogger("crane.engine")
+
+# A worker that leaves this much unread is stuck: its link is cut, so that it costs no more memory.
+MAX_UNREAD_BYTES = 16 << 20
+# A new engine waits at least this long for its first worker.
+FIRST_LINK_S = 30.0
+# After the arbiter's end its workers have this long to notice and leave.
+ORPHAN_S = 3.0
+# A failed engine stays this long for workers that want to know why.
+FAILED_S = 3.0
+TICK_S = 0.25
+
+
+class Peer(asyncio.Protocol):
+    """One worker's connection."""
+
+    def __init__(self, server: "Server"):
+        self._server = server
+        self._reader = FrameReader("engine")
+        self._greeted = False
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport) -> None:
+        self.transport = transport
+        self._server.join(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for message in self._reader.feed(data):
+                self._take(message)
+        except WireError as error:
+            log.warning("a worker's link is cut: %s", error)
+            self.transport.abort()
+
+    def _take(self, message) -> None:
+        if self._greeted:
+            self._server.receive(self, message)
+        elif isinstance(message, Hello) and message.protocol == PROTOCOL and message.version == __version__:
+            self._greeted = True
+        elif isinstance(message, Hello):
+            ours, theirs = f"crane {__version__} ({PROTOCOL})", f"crane {message.version} ({message.protocol})"
+            self.send(State("failed", reason=f"the engine is {ours}, the API worker {theirs}: they must be the same"))
+            self.transport.close()
+        else:
+            raise WireError(f"expected Hello, got {type(message).__name__}")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._server.part(self)
+
+    def send(self, message) -> None:
+        """Never waits: what the worker does not read is buffered up to MAX_UNREAD_BYTES."""
+        if self.transport.is_closing():
+            return
+        try:
+            self.transport.write(pack(message))
+        except WireError as error:
+            log.error("a worker's link is cut: %s", error)
+            self.transport.abort()
+            return
+        if self.unread_bytes > MAX_UNREAD_BYTES:
+            log.warning("a worker left %d bytes unread: its link is cut", self.unread_bytes)
+            self.transport.abort()
+
+    @property
+    def unread_bytes(self) -> int:
+        return self.transport.get_write_buffer_size()
+
+
+class Arbiter:
+    """Whether the process that the workers belong to still runs. pid None: nobody to watch."""
+
+    def __init__(self, pid: int | None):
+        self._pid = pid
+        self._fd = None
+        if pid is not None and hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):  # not there any more, or not allowed here: ask by pid
+                self._fd = os.pidfd_open(pid)
+
+    @property
+    def gone(self) -> bool:
+        if self._pid is None:
+            return False
+        if self._fd is not None:  # readable once the process has ended
+            return bool(select.select([self._fd], [], [], 0)[0])
+        return not launch.alive(self._pid)
+
+
+class Server:
+    """The loop's side of the engine process. Everything here runs on the loop's thread."""
+
+    def __init__(self, settings: Settings, place: launch.Meeting, engine_factory: Callable):
+        self.settings = settings
+        self.place = place
+        self.state = State("loading")
+        self.peers: set[Peer] = set()
+        self._factory = engine_factory
+        self._arbiter = Arbiter(place.arbiter_pid)
+        self._stepper: Stepper | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake = asyncio.Event()
+        self._empty_since_s = time.monotonic()
+        self._had_peer = False
+        self._told_failure = False
+        self._failed_s: float | None = None
+        self._orphan_s: float | None = None
+        self._drain_end_s: float | None = None
+        self._drained = False
+        self._stop_now = False
+        self._unrecorded = False  # ready, and not yet written to the record
+
+    async def run(self) -> int:
+        """Serve until there is nobody to serve. Returns the exit status. Raises SettingsError."""
+        loop = self._loop = asyncio.get_running_loop()
+        listener = launch.listen(self.place.socket)
+        status = os.lstat(self.place.socket)
+        server = await loop.create_unix_server(lambda: Peer(self), sock=listener)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.drain)
+        self._stepper = Stepper(self.settings, self._factory, self._tell, self)
+        self._stepper.start()
+        while True:
+            code = self._exit_code()
+            if code is not None and self._leave(server, (status.st_dev, status.st_ino), code):
+                break
+            self._record_ready()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), TICK_S)
+            self._wake.clear()
+        await self._flush()
+        return code
+
+    # what peers do
+
+    def join(self, peer: Peer) -> None:
+        self.peers.add(peer)
+        self._had_peer = True
+        self._told_failure |= self.state.status == "failed"
+        peer.send(self.state)
+
+    def part(self, peer: Peer) -> None:
+        self.peers.discard(peer)
+        self._stepper.post(peer, None)
+        if not self.peers:
+            self._empty_since_s = time.monotonic()
+            self._wake.set()
+
+    def receive(self, peer: Peer, message) -> None:
+        status = self.state.status
+        if isinstance(message, Generate) and status != "ready":
+            why = self.state.reason or {"loading": "the model is loading", "draining": "the server is stopping"}[status]
+            peer.send(Rejected(message.rid, status, why, 1.0))
+        elif isinstance(message, Call) and status not in ("ready", "draining"):
+            peer.send(Reply(message.id, error=f"the engine is {status}"))
+        elif isinstance(message, Generate | Abort | Call):
+            self._stepper.post(peer, message)
+        else:
+            raise WireError(f"unexpected {type(message).__name__}")
+
+    # what the stepper reports
+
+    def _tell(self, method: Callable, *args) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is about to end
+            self._loop.call_soon_threadsafe(method, *args)
+
+    def loading(self, loaded_bytes: int, total_bytes: int) -> None:
+        if self.state.status == "loading":
+            self._set(State("loading", loaded_bytes=loaded_bytes, total_bytes=total_bytes))
+
+    def ready(self, info) -> None:
+        self._set(State("ready", info=info))
+        self._unrecorded = True
+        self._wake.set()
+
+    def failed(self, reason: str) -> None:
+        """The stepper has ended: it could not load, or cannot go on."""
+        self._told_failure = bool(self.peers)
+        self._failed_s = time.monotonic()
+        self._set(State("failed", reason=reason))
+        self._wake.set()
+
+    def deliver(self, messages: list) -> None:
+        for peer, message in messages:
+            peer.send(message)
+
+    def drained(self) -> None:
+        self._drained = True
+        self._wake.set()
+
+    # the process
+
+    def drain(self) -> None:
+        """SIGTERM: refuse what is new, finish what runs. A second signal ends at once."""
+        if self.state.status != "ready":  # loading, or the second signal
+            self._stop_now = True
+        else:
+            self._drain_end_s = time.monotonic() + self.settings.graceful_timeout_s
+            self._set(State("draining", info=self.state.info))
+            self._stepper.drain()
+        self._wake.set()
+
+    def _set(self, state: State) -> None:
+        self.state = state
+        for peer in list(self.peers):
+            peer.send(state)
+
+    def _exit_code(self) -> int | None:
+        """The exit status with which to leave now, or None to stay."""
+        now = time.monotonic()
+        if self._failed_s is not None:
+            told_all = self._told_failure and not self.peers
+            return 1 if told_all or now - self._failed_s > FAILED_S else None
+        if self._stop_now or self._drained:
+            return 0
+        if self._drain_end_s is not None and now > self._drain_end_s:
+            self._stepper.post(None, Abort(None))
+            return 0 if now > self._drain_end_s + ORPHAN_S else None
+        if self._arbiter.gone:
+            self._orphan_s = self._orphan_s or now
+            return 0 if not self.peers or now - self._orphan_s > ORPHAN_S else None
+        linger_s = self.settings.linger_s if self._had_peer else max(self.settings.linger_s, FIRST_LINK_S)
+        lonely = self.place.arbiter_pid is not None and not self.peers and now - self._empty_since_s >= linger_s
+        return 0 if lonely else None
+
+    def _leave(self, server: asyncio.Server, inode: tuple[int, int], code: int) -> bool:
+        """Stop listening, under the lock: a worker that holds it is about to meet us, so then stay."""
+        with launch.locked(self.place) as fd:
+            if fd is None and not self._arbiter.gone:
+                return False
+            server.close()
+            launch.unlink_own(self.place.socket, inode)
+            if fd is not None:
+                record = launch.read_record(fd)
+                if code:
+                    record.reason = self.state.reason
+                else:
+                    record.attempts = 0
+                launch.write_record(fd, record)
+                if self._arbiter.gone or self.place.arbiter_pid is None:
+                    self.place.lock.unlink(missing_ok=True)
+        return True
+
+    def _record_ready(self) -> None:
+        if not self._unrecorded:
+            return
+        with launch.locked(self.place) as fd:
+            if fd is not None:
+                launch.write_record(fd, launch.Record(was_ready=True))
+                self._unrecorded = False
+
+    async def _flush(self) -> None:
+        """Let the last outputs reach workers that read."""
+        deadline_s = time.monotonic() + 2.0
+        while any(peer.unread_bytes for peer in self.peers) and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.01)
+        for peer in list(self.peers):
+            peer.transport.abort()
+
+    @property
+    def untold_failure(self) -> str:
+        """Why it failed, when no worker was there to be told."""
+        return "" if self._told_failure else self.state.reason
+
+
+def load_engine(settings: Settings, progress: Callable[[int, int], None]):
+    """The real engine. Imports torch, so it is called on the stepper's thread, after the socket is bound."""
+    from crane.runtime.engine import Engine
+
+    return Engine(settings, progress)
+
+
+def main(argv: Sequence[str] | None = None, engine_factory: Callable = load_engine) -> int:
+    """The process: returns the exit status. engine_factory(settings, progress) -> Engine."""
+    parser = argparse.ArgumentParser(prog="python -m crane.runtime.server", description=__doc__.partition("\n")[0])
+    parser.add_argument("--socket", help="where to listen (default: CRANE_ENGINE_SOCKET)")
+    parser.add_argument("--arbiter-pid", type=int, help="leave when this process is gone (default: stay)")
+    parser.add_argument("settings", nargs="*", metavar="CRANE_NAME=VALUE", help="default: the environment")
+    options = parser.parse_args(argv)
+    try:
+        settings = launch.settings_from_arguments(options.settings)
+        path = options.socket or settings.engine_socket
+        if not path:
+            parser.error("--socket or CRANE_ENGINE_SOCKET is needed")
+        launch.log_to_stderr(settings)
+        server = Server(settings, launch.Meeting(Path(path).absolute(), options.arbiter_pid), engine_factory)
+        code = asyncio.run(server.run())
+        if server.untold_failure:
+            print(f"crane: {server.untold_failure}", file=sys.stderr)
+    except CraneError as error:
+        print(f"crane: {error}", file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the engine's thread may be deep in a load or a step; nothing is left that needs cleaning
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The thread that owns the engine: loads it, feeds it, steps it, routes its outputs."""
+
+import logging
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from crane.errors import CraneError
+from crane.runtime.settings import Settings
+from crane.runtime.types import Abort, Call, EngineInfo, Generate, Output, Rejected, Reply, Step
+
+log = logging.getLogger("crane.engine")
+
+# So many steps in a row that gave nothing but errors mean that the engine is broken, not a request.
+MAX_BROKEN_STEPS = 5
+# What `post` carries when the loop wants the stepper to end once nothing runs.
+_DRAIN = object()
+
+
+class Listener(Protocol):
+    """Who is told, on the loop's thread. See `server.Server`."""
+
+    def loading(self, loaded_bytes: int, total_bytes: int) -> None: ...
+    def ready(self, info: EngineInfo) -> None: ...
+    def failed(self, reason: str) -> None: ...
+    def deliver(self, messages: list[tuple[Any, Any]]) -> None: ...
+    def drained(self) -> None: ...
+
+
+@dataclass
+class _Owner:
+    """Whose request it is and how many of its choices still run. Written by Stepper only."""
+
+    peer: Any
+    num_open: int
+
+
+class Stepper(threading.Thread):
+    """One engine on one thread.
+
+    factory(settings, progress) makes the engine; tell(method, *args) runs a method of `listener` on the loop.
+    A peer is any hashable that `post` brings and `deliver` gets back.
+    """
+
+    def __init__(self, settings: Settings, factory: Callable, tell: Callable, listener: Listener):
+        super().__init__(name="engine", daemon=True)
+        self._settings = settings
+        self._factory = factory
+        self._tell = tell
+        self._listener = listener
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._owners: dict[str, _Owner] = {}
+        self._draining = False
+        self._num_broken = 0
+
+    def post(self, peer: Any, message: Generate | Abort | Call | None) -> None:
+        """From any thread: a message of this peer, or None when the peer is gone."""
+        self._inbox.put((peer, message))
+
+    def drain(self) -> None:
+        """From any thread: end once nothing runs."""
+        self._inbox.put((None, _DRAIN))
+
+    def run(self) -> None:
+        progress = Progress(lambda *sizes: self._tell(self._listener.loading, *sizes))
+        try:
+            engine = self._factory(self._settings, progress)
+        except Exception as error:
+            reason = str(error) if isinstance(error, CraneError) else f"{type(error).__name__}: {error}"
+            log.debug("the engine cannot start", exc_info=True)
+            self._tell(self._listener.failed, " ".join(f"cannot serve {self._settings.model_path}: {reason}".split()))
+            return
+        self._tell(self._listener.ready, engine.info)
+        try:
+            self._serve(engine)
+        except Exception as error:
+            log.exception("the engine cannot go on")
+            self._tell(self._listener.failed, f"the engine failed: {type(error).__name__}: {error}")
+        else:
+            self._tell(self._listener.drained)
+
+    def _serve(self, engine) -> None:
+        while not self._draining or engine.has_work or not self._inbox.empty():
+            messages = self._take(engine)
+            if engine.has_work:
+                messages += self._route(self._step(engine))
+            if messages:
+                self._tell(self._listener.deliver, messages)
+            if self._num_broken >= MAX_BROKEN_STEPS:
+                raise RuntimeError(f"{self._num_broken} steps in a row failed")
+
+    def _take(self, engine) -> list[tuple]:
+        """Act on everything in the inbox; with nothing to compute, wait for it. Returns what to deliver."""
+        answers = []
+        wait = not engine.has_work and not self._draining
+        while True:
+            try:
+                peer, message = self._inbox.get(block=wait)
+            except queue.Empty:
+                return answers
+            wait = False
+            if message is None:
+                self._forget(engine, peer)
+            elif message is _DRAIN:
+                self._draining = True
+            elif isinstance(message, Abort):
+                answers += self._route(engine.abort(message.rid))
+            else:
+                answers.append((peer, self._answer(engine, peer, message)))
+
+    def _answer(self, engine, peer, message: Generate | Call):
+        if isinstance(message, Generate):
+            if message.rid in self._owners:
+                return Rejected(message.rid, "duplicate_rid", f"a request with id {message.rid!r} is running")
+            try:
+                answer = engine.add(message)
+            except Exception as error:  # the worker waits for an answer, whatever happened
+                log.exception("request %s cannot be added", message.rid)
+                return Rejected(message.rid, "internal", f"the engine failed on this request: {type(error).__name__}")
+            if not isinstance(answer, Rejected):
+                self._owners[message.rid] = _Owner(peer, message.sampling.n)
+            return answer
+        if message.op == "stats":
+            return Reply(message.id, msgspec.to_builtins(engine.stats()))
+        return Reply(message.id, error=f"unknown question {message.op!r}")
+
+    def _forget(self, engine, peer) -> None:
+        """The peer is gone: end its requests."""
+        for rid in [rid for rid, owner in self._owners.items() if owner.peer is peer]:
+            del self._owners[rid]
+            engine.abort(rid)
+
+    def _step(self, engine) -> list[Output]:
+        try:
+            outputs = engine.step()
+        except Exception as error:  # the engine answers what it can itself; here every running request is broken
+            log.exception("an engine step failed")
+            outputs = engine.fail_all(f"the engine failed: {type(error).__name__}")
+        if outputs:
+            broken = all(output.finish_reason == "error" for output in outputs)
+            self._num_broken = self._num_broken + 1 if broken else 0
+        return outputs
+
+    def _route(self, outputs: list[Output]) -> list[tuple]:
+        """One Step message per peer. Outputs of peers that are gone are dropped."""
+        by_peer: dict[Any, list[Output]] = {}
+        for output in outputs:
+            owner = self._owners.get(output.rid)
+            if owner is None:
+                continue
+            by_peer.setdefault(owner.peer, []).append(output)
+            if output.finish_reason is not None:
+                owner.num_open -= 1
+                if not owner.num_open:
+                    del self._owners[output.rid]
+        return [(peer, Step(mine)) for peer, mine in by_peer.items()]
+
+
+class Progress:
+    """How far a load is: a bar on a terminal, a line per tenth in a log, and `tell(loaded, total)`."""
+
+    def __init__(self, tell: Callable[[int, int], None]):
+        self._tell = tell
+        self._terminal = sys.stderr.isatty()
+        self._started_s = time.monotonic()
+        self._told_s = 0.0
+        self._tenth = 0
+        self._lock = threading.Lock()  # weights may be read by several threads
+
+    def __call__(self, loaded_bytes: int, total_bytes: int) -> None:
+        with self._lock:
+            now, done = time.monotonic(), loaded_bytes >= total_bytes
+            if now - self._told_s >= 0.1 or done:
+                self._told_s = now
+                self._tell(loaded_bytes, total_bytes)
+                if self._terminal:
+                    self._draw(loaded_bytes, total_bytes, "\n" if done else "")
+            tenth = 10 * loaded_bytes // max(total_bytes, 1)
+            if tenth > self._tenth and not self._terminal:
+                log.info("loading the model: %s", self._text(loaded_bytes, total_bytes))
+            self._tenth = max(tenth, self._tenth)
+
+    def _text(self, loaded_bytes: int, total_bytes: int) -> str:
+        rate = loaded_bytes / max(time.monotonic() - self._started_s, 1e-3)
+        percent = 100 * loaded_bytes // max(total_bytes, 1)
+        return f"{percent:3d} %, {loaded_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s"
+
+    def _draw(self, loaded_bytes: int, total_bytes: int, end: str) -> None:
+        width = 30 * loaded_bytes // max(total_bytes, 1)
+        bar = "#" * width + "." * (30 - width)
+        print(f"\rloading [{bar}] {self._text(loaded_bytes, total_bytes)}  ", end=end, file=sys.stderr, flush=True)
