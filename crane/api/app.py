@@ -1,9 +1,11 @@
 """The application: route table, error handlers, and one callable that is WSGI and ASGI."""
 
 import asyncio
+import inspect
 import logging
 import os
 import re
+import sys
 import threading
 import uuid
 from dataclasses import dataclass
@@ -16,39 +18,36 @@ from crane.api.drivers import AsgiResource, Tether, WsgiResource, put, put_error
 from crane.api.endpoint import Context, Endpoint
 from crane.api.errors import http_error_reply, not_ready
 from crane.api.served import ServedModel
-from crane.errors import CraneError, EngineError, ModelError
+from crane.errors import CraneError, ModelError
 from crane.runtime.client import Link, LinkThread
 from crane.runtime.settings import Settings
 from crane.runtime.types import State
 
-ENDPOINTS: tuple[Endpoint, ...] = openai.ENDPOINTS + completions.ENDPOINTS + tokens.ENDPOINTS + admin.ENDPOINTS
+ENDPOINTS: tuple[Endpoint, ...] = (
+    *openai.ENDPOINTS,
+    *completions.ENDPOINTS,
+    *tokens.ENDPOINTS,
+    *admin.ENDPOINTS,
+)
 
 log = logging.getLogger("crane.api")
 
 
 @dataclass
 class Site:
-    """What one worker process serves. model is None until loaded; model_error says why it never will be."""
+    """What one worker process serves. model_error: why it can serve nothing, ever; then there is no model, no link."""
 
     settings: Settings
-    link: Link | LinkThread
     model: ServedModel | None = None
+    link: Link | LinkThread | None = None
     model_error: ModelError | None = None
 
     def context(self, needs: str) -> Context:
         """For one request of an endpoint with `needs`. Raises EngineError when they are not met."""
-        state = self.link.state
-        if self.model_error is not None:
-            state = State("failed", reason=str(self.model_error))
+        state = self.link.state if self.model_error is None else State("failed", reason=str(self.model_error))
         if needs == "engine" and state.status != "ready" or needs == "model" and self.model is None:
             raise not_ready(state)
         return Context(self.settings, self.model, state)
-
-    def load_model(self) -> None:
-        try:
-            self.model = self.model or ServedModel.load(self.settings)
-        except ModelError as error:
-            self.model_error = error
 
 
 class App:
@@ -59,6 +58,7 @@ class App:
     """
 
     def __init__(self, settings: Settings | None = None, *, link=None, model: ServedModel | None = None):
+        """settings: default CRANE_* variables. link, model: instead of those that settings name."""
         self._settings = settings
         self._given_link = link
         self._given_model = model
@@ -79,24 +79,20 @@ class App:
         self.start_blocking()
         return self._wsgi(first, second)
 
-    # servers ask before they call; a plain function that returns a coroutine must say so
-    __call__._is_coroutine = asyncio.coroutines._is_coroutine
-
     def start_blocking(self) -> Site:
-        """Connect (or start) the engine and load the text side, from a WSGI worker; idempotent."""
+        """Load the text side and connect (or start) the engine, from a WSGI worker; idempotent."""
         with self._lock:
             if not self._started_here():
-                self._site = self._new_site(LinkThread)
-                self._pid = os.getpid()
-                self._site.load_model()
+                site = self._open_site()
+                self._join(site, LinkThread)
+                self._site, self._pid = site, os.getpid()
             return self._site
 
     async def start(self) -> Site:
         """The same on a running event loop; concurrent callers share one start."""
         if not self._started_here():
             if self._starting is None or self._pid != os.getpid():
-                self._pid = os.getpid()
-                self._site = None
+                self._site, self._pid = None, os.getpid()
                 self._starting = asyncio.create_task(self._start())
             await asyncio.shield(self._starting)
         return self._site
@@ -104,19 +100,26 @@ class App:
     async def stop(self) -> None:
         """Close the link to the engine; the engine itself outlives it."""
         site, self._site, self._starting = self._site, None, None
-        if site is not None:
+        if site is not None and site.link is not None:
             await site.link.stop()
 
     async def _start(self) -> None:
-        site = self._new_site(Link)
-        await asyncio.to_thread(site.load_model)
+        site = await asyncio.to_thread(self._open_site)
+        self._join(site, Link)
         self._site = site
 
-    def _new_site(self, link_type) -> Site:
+    def _open_site(self) -> Site:
         settings = self._settings if self._settings is not None else Settings.from_env()
-        link = self._given_link if self._given_link is not None else link_type(settings)
-        link.start()
-        return Site(settings, link, self._given_model)
+        try:
+            return Site(settings, self._given_model or ServedModel.load(settings))
+        except ModelError as error:
+            return Site(settings, model_error=error)
+
+    def _join(self, site: Site, link_type) -> None:
+        # only now: with a broken model there is no engine to start
+        if site.model_error is None:
+            site.link = self._given_link or link_type(site.settings)
+            site.link.start()
 
     def _started_here(self) -> bool:
         return self._site is not None and self._pid == os.getpid()
@@ -144,15 +147,20 @@ class App:
                 await send({"type": "lifespan.shutdown.complete"})
                 return
             try:
-                site = await self.start()
-            except CraneError as error:
+                error = (await self.start()).model_error
+            except CraneError as raised:
+                error = raised
+            if error is None:
+                await send({"type": "lifespan.startup.complete"})
+            else:
                 await send({"type": "lifespan.startup.failed", "message": str(error)})
-                return
-            if site.model_error is not None:
-                await self.stop()
-                await send({"type": "lifespan.startup.failed", "message": str(site.model_error)})
-                return
-            await send({"type": "lifespan.startup.complete"})
+
+
+# a server asks before it calls; a plain method that returns a coroutine must say so
+if sys.version_info >= (3, 12):
+    inspect.markcoroutinefunction(App.__call__)
+else:
+    App.__call__._is_coroutine = asyncio.coroutines._is_coroutine
 
 
 class RequestId:

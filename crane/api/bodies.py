@@ -16,7 +16,6 @@ from msgspec import Meta
 from crane.errors import RequestError
 
 MAX_INT = 2**31 - 1
-MAX_CHOICES = 1024  # prompts x n of one request
 
 
 def _later(*neutral):
@@ -33,6 +32,8 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class StreamOptions(Body):
+    """What a stream carries beside the text."""
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: _later(False) = None
@@ -70,11 +71,15 @@ class GenerateBody(Body):
 
 
 class Function(Body):
+    """The function a tool call names; arguments as JSON text or already parsed."""
+
     name: str
     arguments: str | dict[str, Any] = ""
 
 
 class ToolCall(Body):
+    """One call of an earlier assistant message."""
+
     function: Function
     id: str | None = None
     type: Literal["function"] = "function"
@@ -82,6 +87,8 @@ class ToolCall(Body):
 
 
 class Message(Body):
+    """One turn of a chat; content is text or parts of type text."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
@@ -96,7 +103,7 @@ class Message(Body):
     function_call: _later() = None
 
 
-class ChatBody(GenerateBody):
+class ChatBody(GenerateBody, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
@@ -123,7 +130,7 @@ class ChatBody(GenerateBody):
     prompt_cache_options: _later() = None
 
 
-class CompletionBody(GenerateBody):
+class CompletionBody(GenerateBody, kw_only=True):
     """POST /v1/completions. prompt: text, token ids, or a list of either."""
 
     prompt: str | Annotated[list[str | int | list[TokenId]], Meta(min_length=1)]
@@ -157,6 +164,11 @@ class DetokenizeBody(Body):
     skip_special_tokens: bool | None = None
 
 
+def invalid(field: str, message: str) -> RequestError:
+    """The 400 for a value of `field` that says what was expected, and what came."""
+    return RequestError(f"{field}: {message}", field=field, code="invalid_value")
+
+
 def decode(kind: type, raw: bytes):
     """`raw` as a `kind`. Raises RequestError naming the field, what was expected and what came."""
     try:
@@ -179,7 +191,8 @@ def refuse_unsupported(body: Body, path: str = "") -> None:
         if value is None:
             continue
         if name in neutral and value not in neutral[name]:
-            raise RequestError(f"{path}{name} is not supported yet", field=path + name, code="unsupported_parameter")
+            field = path + name
+            raise RequestError(f"{field} is not supported yet", field=field, code="unsupported_parameter")
         if isinstance(value, Body):
             refuse_unsupported(value, f"{path}{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], Body):

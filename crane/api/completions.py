@@ -2,13 +2,12 @@
 
 import msgspec
 
-from crane.api.bodies import CompletionBody, decode
+from crane.api.bodies import CompletionBody, decode, invalid
 from crane.api.endpoint import Context, Endpoint, Request
 from crane.api.generation import BaseGeneration, Choice, Prompt
 from crane.api.logprobs import LegacyLogprobs, num_characters
-from crane.api.sampling import fit, sampling_params
+from crane.api.sampling import check_choices, fit, sampling_params
 from crane.api.sse import json_text
-from crane.errors import RequestError
 from crane.runtime.text import Delta
 from crane.runtime.types import Output
 
@@ -25,7 +24,7 @@ class CompletionGeneration(BaseGeneration):
         super().__init__(context, body, prompts)
         self._echo = bool(body.echo)
         self._logprobs = body.logprobs is not None
-        self._legacy = {choice.index: LegacyLogprobs(self.tokenizer) for choice in self.choices if self._logprobs}
+        self._legacy = [LegacyLogprobs(self.tokenizer) for _ in self.choices]
         self._held: dict[str, list[tuple[Choice, Output]]] = {}
 
     def _push(self, choice: Choice, output: Output) -> bytes:
@@ -72,27 +71,27 @@ class CompletionGeneration(BaseGeneration):
 
     def _shape(self, choice: Choice, token_ids: list[int], entries: list) -> dict:
         """Log-probabilities of the next tokens; before a choice's first ones, its echoed prompt's."""
-        shaped = self._legacy[choice.index].shape(token_ids, entries) if choice.started or not self._echo else None
-        if shaped is not None:
-            return shaped
-        prompt = choice.prompt
-        special = self.tokenizer.special_ids
-        raw = b"".join(self.tokenizer.token_bytes(i) for i in prompt.ids if i not in special)
+        legacy = self._legacy[choice.index]
+        if choice.started or not self._echo:
+            return legacy.shape(token_ids, entries)
+        prompt, special = choice.prompt, self.tokenizer.special_ids
+        raw = b"".join([self.tokenizer.token_bytes(i) for i in prompt.ids if i not in special])
         shift = max(num_characters(raw) - len(prompt.text), 0)
-        first = self._legacy[choice.index].shape(prompt.ids, prompt.logprobs, shift)
-        rest = self._legacy[choice.index].shape(token_ids, entries)
+        first = legacy.shape(prompt.ids, prompt.logprobs, shift)
+        rest = legacy.shape(token_ids, entries)
         return {name: first[name] + rest[name] for name in first}
 
 
 def completions(context: Context, request: Request) -> CompletionGeneration:
+    """POST /v1/completions: one choice per prompt and n."""
     body = decode(CompletionBody, request.body)
     model = context.model
     model.check_name(body.model)
     n = body.n or 1
     if body.best_of is not None and body.best_of != n:
-        raise RequestError(f"best_of: expected the same as n ({n}), got {body.best_of}", field="best_of")
+        raise invalid("best_of", f"expected the same as n ({n}), got {body.best_of}")
     if body.max_tokens == 0 and not body.echo:
-        raise RequestError("max_tokens: expected at least 1 without echo, got 0", field="max_tokens")
+        raise invalid("max_tokens", "expected at least 1 without echo, got 0")
     # max_tokens 0 scores the prompt: the engine does that as prompt log-probabilities, asked for or not
     scoring = bool(body.echo) and (body.logprobs is not None or body.max_tokens == 0)
     sampling = sampling_params(
@@ -116,7 +115,9 @@ def _prompts(body: CompletionBody, context: Context) -> list[tuple[str, list[int
         given = [given]
     kinds = {type(item) for item in given}
     if len(kinds) != 1:
-        raise RequestError("prompt: expected strings, token ids or lists of token ids, got a mixture", field="prompt")
+        raise invalid("prompt", "expected strings, token ids or lists of token ids, got a mixture")
+    if kinds != {int}:
+        check_choices(len(given), body.n or 1)
     if kinds == {str}:
         return list(zip(given, (model.tokenizer.encode(text) for text in given)))
     lists = [given] if kinds == {int} else given

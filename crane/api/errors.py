@@ -33,7 +33,8 @@ def error_object(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, EngineError):
         status, kind, code = _ENGINE.get(error.code, _ENGINE["internal"])
         return status, _object(str(error), kind, None, code)
-    return 500, _object("internal error: the server's log has the details", "server_error", None, "internal_error")
+    message = "internal error: the server's log has the details"
+    return 500, _object(message, "server_error", None, "internal_error")
 
 
 def error_reply(error: Exception) -> Reply:
@@ -74,4 +75,6 @@ def not_ready(state: State) -> EngineError:
 
 
 def _object(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    # what a client sent may be in them, and need not all come back
+    message, param = message[:1000], param and param[:200]
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import msgspec
 
 from crane.api import sse
-from crane.api.bodies import MAX_CHOICES, GenerateBody
+from crane.api.bodies import GenerateBody
 from crane.api.endpoint import Context
 from crane.api.errors import error_frame
-from crane.errors import EngineError, RequestError
+from crane.errors import EngineError
 from crane.runtime.text import Delta, TextStream
 from crane.runtime.types import Generate, Output, SamplingParams, TokenLogprob
 
@@ -24,11 +24,13 @@ _json = msgspec.json.Encoder().encode
 
 @dataclass
 class Prompt:
-    """One prompt of a request. text: as echoed. logprobs: of its tokens, once they came."""
+    """One prompt of a request. text: as echoed. logprobs: of its tokens, once they came.
+    rid: of its engine request."""
 
     ids: list[int]
     sampling: SamplingParams
     text: str = ""
+    rid: str = ""
     logprobs: list[TokenLogprob | None] | None = None
     cached_tokens: int = 0
     num_open: int = 0  # choices whose answer is not complete
@@ -56,11 +58,6 @@ class BaseGeneration:
     full_object = ""
 
     def __init__(self, context: Context, body: GenerateBody, prompts: list[Prompt]):
-        num_choices = sum(prompt.sampling.n for prompt in prompts)
-        if num_choices > MAX_CHOICES:
-            raise RequestError(
-                f"n: expected at most {MAX_CHOICES} choices over all prompts, got {num_choices}", field="n"
-            )
         self.model = context.model
         self.tokenizer = context.model.tokenizer
         self.prompts = prompts
@@ -76,14 +73,15 @@ class BaseGeneration:
         self.choices: list[Choice] = []
         self._by_output: dict[tuple[str, int], Choice] = {}
         for i, prompt in enumerate(prompts):
-            rid = self.id if len(prompts) == 1 else f"{self.id}-{i}"
+            rid = prompt.rid = self.id if len(prompts) == 1 else f"{self.id}-{i}"
             self.requests.append(Generate(rid, prompt.ids, prompt.sampling))
             prompt.num_open = prompt.num_running = prompt.sampling.n
             for j in range(prompt.sampling.n):
-                choice = Choice(len(self.choices), prompt, TextStream(self.tokenizer, prompt.sampling))
+                text = TextStream(self.tokenizer, prompt.sampling, prompt.ids)
+                choice = Choice(len(self.choices), prompt, text)
                 self.choices.append(choice)
                 self._by_output[rid, j] = choice
-        self._num_open = num_choices
+        self._num_open = len(self.choices)
         head = {"id": self.id, "object": self.chunk_object, "created": self.created, "model": self.model.name}
         self._head = b"data: " + _json(head)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
@@ -169,7 +167,7 @@ class BaseGeneration:
         self._num_open -= 1
         prompt.num_open -= 1
         if prompt.num_open == 0 and prompt.num_running > 0:
-            self._aborts.append(self.requests[self.prompts.index(prompt)].rid)
+            self._aborts.append(prompt.rid)
 
     def _fail(self, message: str) -> bytes:
         lost = message.startswith("engine_lost")

@@ -6,34 +6,39 @@ seed's defaults below.
 
 import msgspec
 
-from crane.api.bodies import GenerateBody
+from crane.api.bodies import GenerateBody, invalid
 from crane.api.endpoint import Context
 from crane.api.served import ServedModel
 from crane.errors import RequestError
 from crane.runtime.types import SamplingParams
 
 DEFAULT_MAX_TOKENS = 512
+MAX_CHOICES = 1024  # prompts x n of one request
 DEFAULTS = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.0, "repetition_penalty": 1.05}
 
 
 def sampling_params(
-    body: GenerateBody, context: Context, max_tokens: int | None, *, logprobs: int | None, prompt_logprobs=False
+    body: GenerateBody,
+    context: Context,
+    max_tokens: int | None,
+    *,
+    logprobs: int | None,
+    prompt_logprobs: bool = False,
 ) -> SamplingParams:
     """All of a body but its prompt. `fit` then adapts max_tokens to each prompt.
 
     max_tokens: as the client gave it, or None. Raises RequestError naming the field.
     """
     model = context.model
-    chosen = {name: _first(getattr(body, name), getattr(model.defaults, name), DEFAULTS[name]) for name in DEFAULTS}
+    chosen = {
+        name: _first(getattr(body, name), getattr(model.defaults, name), default)
+        for name, default in DEFAULTS.items()
+    }
     max_tokens = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
     if (body.min_tokens or 0) > max_tokens:
-        raise RequestError(
-            f"min_tokens: expected at most max_tokens ({max_tokens}), got {body.min_tokens}",
-            field="min_tokens",
-            code="invalid_value",
-        )
+        raise invalid("min_tokens", f"expected at most max_tokens ({max_tokens}), got {body.min_tokens}")
     if body.stream_options is not None and not body.stream:
-        raise RequestError("stream_options needs stream: true", field="stream_options", code="invalid_value")
+        raise invalid("stream_options", "goes with stream: true only")
     model.check_ids(body.stop_token_ids or [], "stop_token_ids")
     return SamplingParams(
         max_tokens=max_tokens,
@@ -64,12 +69,12 @@ def fit(sampling: SamplingParams, num_prompt: int, max_model_len: int, field: st
     for an empty prompt. field: "messages" or "prompt".
     """
     if num_prompt == 0:
-        raise RequestError(f"{field}: expected at least one token, got none", field=field, code="invalid_value")
+        raise invalid(field, "expected at least one token, got none")
     room = max_model_len - num_prompt
     if room < min(sampling.max_tokens, 1):
         raise RequestError(
-            f"This model's maximum context length is {max_model_len} tokens. However, your {field} resulted in "
-            f"{num_prompt} tokens, which leaves no room for an answer. Please reduce the length of the {field}.",
+            f"This model's maximum context length is {max_model_len} tokens. However, your {field} resulted "
+            f"in {num_prompt} tokens. Please reduce the length of the {field}.",
             field=field,
             code="context_length_exceeded",
         )
@@ -78,14 +83,17 @@ def fit(sampling: SamplingParams, num_prompt: int, max_model_len: int, field: st
     return msgspec.structs.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
 
 
+def check_choices(num_prompts: int, n: int) -> None:
+    """Raises RequestError when one request asks for too many answers."""
+    if num_prompts * n > MAX_CHOICES:
+        raise invalid("n", f"expected at most {MAX_CHOICES} choices over all prompts, got {num_prompts * n}")
+
+
 def _logit_bias(given: dict[str, float], model: ServedModel) -> dict[int, float]:
     for key in given:
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < model.num_ids):
-            raise RequestError(
-                f"logit_bias: expected token ids in 0..{model.num_ids - 1} as keys, got {key[:40]!r}",
-                field="logit_bias",
-                code="invalid_value",
-            )
+            expected = f"expected token ids in 0..{model.num_ids - 1} as keys"
+            raise invalid("logit_bias", f"{expected}, got {key[:40]!r}")
     return {int(key): bias for key, bias in given.items()}
 
 

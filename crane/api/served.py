@@ -1,5 +1,6 @@
 """The model as an API worker knows it: names, tokenizer, template, defaults. No weights."""
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from crane.runtime.settings import Settings
 class ServedModel:
     """Everything text-shaped about the served model; loaded once per worker.
 
-    created: Unix time of the checkpoint, the same in every worker.
+    created: Unix time of the checkpoint, the same in every worker. special_text: finds
+    special tokens spelled out in a text; None when the tokenizer has none.
     """
 
     name: str
@@ -25,6 +27,7 @@ class ServedModel:
     defaults: GenerationDefaults
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    special_text: re.Pattern[str] | None
 
     @classmethod
     def load(cls, settings: Settings) -> "ServedModel":
@@ -41,6 +44,7 @@ class ServedModel:
             defaults=load_generation_defaults(checkpoint),
             tokenizer=tokenizer,
             template=load_chat_template(checkpoint, tokenizer, config.model_type),
+            special_text=_special_text(tokenizer),
         )
 
     @property
@@ -59,17 +63,23 @@ class ServedModel:
         limit = self.num_ids
         if ids and (min(ids) < 0 or max(ids) >= limit):
             at = next(i for i, token_id in enumerate(ids) if not 0 <= token_id < limit)
-            raise RequestError(
-                f"{field}[{at}]: expected a token id in 0..{limit - 1}, got {ids[at]}",
-                field=field,
-                code="invalid_value",
-            )
+            message = f"{field}[{at}]: expected a token id in 0..{limit - 1}, got {ids[at]}"
+            raise RequestError(message, field=field, code="invalid_value")
 
-    def render(self, messages: list[dict], **options) -> str:
-        """The chat as the model's own template writes it. Raises RequestError."""
+    def render(self, messages: list[dict], kwargs: dict, **options) -> str:
+        """The chat as the model's own template writes it. kwargs: further names for the template.
+        Raises RequestError."""
         if self.template is None:
             raise RequestError("this model has no chat template; use /v1/completions", field="messages")
-        return self.template.render(messages, **options)
+        self.template.check_kwargs(kwargs)
+        return self.template.render(messages, **options, **kwargs)
+
+
+def _special_text(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    texts = {tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in tokenizer.special_ids}
+    # of one character is no mark but a letter; and longer ones come first, as they may hold shorter ones
+    marks = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, marks))) if marks else None
 
 
 def _modified(path: Path) -> int:

@@ -2,10 +2,9 @@
 
 import msgspec
 
-from crane.api.bodies import DetokenizeBody, TokenizeBody, decode
+from crane.api.bodies import DetokenizeBody, TokenizeBody, decode, invalid
+from crane.api.chat_prompt import chat_ids
 from crane.api.endpoint import Context, Endpoint, Reply, Request
-from crane.api.openai import chat_ids
-from crane.errors import RequestError
 
 _json = msgspec.json.Encoder().encode
 
@@ -16,7 +15,7 @@ def tokenize(context: Context, request: Request) -> Reply:
     context.model.check_name(body.model)
     given = [name for name in ("text", "prompt", "messages") if getattr(body, name) is not None]
     if len(given) != 1:
-        raise RequestError("expected exactly one of text, prompt, messages", field=given[1] if given else "text")
+        raise invalid(given[1] if given else "text", "expected exactly one of text, prompt, messages")
     if body.messages is not None:
         tokens = chat_ids(context.model, body, add_special_tokens=bool(body.add_special_tokens))
     else:
@@ -46,7 +45,7 @@ def detokenize(context: Context, request: Request) -> Reply:
     context.model.check_name(body.model)
     kinds = {type(item) for item in body.tokens}
     if len(kinds) > 1:
-        raise RequestError("tokens: expected token ids or lists of token ids, got a mixture", field="tokens")
+        raise invalid("tokens", "expected token ids or lists of token ids, got a mixture")
     lists = body.tokens if kinds == {list} else [body.tokens]
     for i, ids in enumerate(lists):
         context.model.check_ids(ids, f"tokens[{i}]" if kinds == {list} else "tokens")
@@ -59,7 +58,7 @@ def detokenize(context: Context, request: Request) -> Reply:
 def _refuse_chat_options(body: TokenizeBody, given: str) -> None:
     for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
         if getattr(body, name) is not None:
-            raise RequestError(f"{name} goes with messages, not with {given}", field=name)
+            raise invalid(name, f"goes with messages, not with {given}")
 
 
 def _strings(context: Context, ids: list[int]) -> list[str]:

@@ -6,9 +6,9 @@ where p(t) is the token's position in its sequence. A row computes `query_len >=
 that end at its `context_len`; everything before them lies in pages already. Statistics
 are float32.
 
-Rows of one token (decode) are gathered in groups of similar length, the query heads that
-share a K/V head folded into one small matrix. Longer rows run one by one. What depends on
-the step only, not on the layer, is worked out once, by `plan_attention`.
+Rows of one token (decode) run in groups of similar length, the query heads that share a
+K/V head folded into one small matrix. Longer rows run one by one. What depends on the
+step only, not on the layer, is worked out once, by `plan_attention`.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crane.kernels.pages import gather_heads, slot_index
+from crane.kernels.pages import gather_kv, slot_index
 
 # Padding a row to its group's longest costs work; one more group costs a round of small
 # operations, about as much as this many padded elements of K.
 _GROUP_PADDING = 1 << 16
 # A group's gathered keys stay below this many elements, so that memory stays bounded.
 _GROUP_ELEMENTS = 1 << 23
-_TOKEN_MULTIPLE = 16
+# Padding in such steps keeps a bfloat16 row's result the same bit for bit on the CPU, whatever
+# the length of the longest row in its group; it would differ in the last bits otherwise.
+_TOKEN_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,21 @@ class DecodeGroup:
     """Rows of one new token, padded to the same number of tokens.
 
     tokens: int64 [num_rows], the rows' places in per-token tensors.
-    index: int64 [num_rows * num_kv_heads * num_tokens], see `gather_heads`; padding points
-        to the row's own first token, never to memory that may hold anything.
-    bias: float32 [num_rows * num_kv_heads, 1, num_tokens], 0 or -inf for padding.
+    index: int64 [num_rows, num_tokens], `slot_index` of every token; padding points to the
+        row's own first token, never to memory that may hold anything.
+    mask: [num_rows, 1, 1, num_tokens] of kv's dtype, 0, or -inf for padding.
     """
 
     tokens: Tensor
     index: Tensor
-    bias: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)
 class PrefillRow:
     """One row of several new tokens: `[start : start + count]` of per-token tensors.
 
-    index: int64 [num_kv_heads * context_len], see `gather_heads`, and
+    index: int64 [1, context_len], `slot_index` of every token, and
     mask: [count, context_len] of kv's dtype, 0 or -inf; both None when the row has no
     earlier tokens, so that its own keys and values are all there is.
     """
@@ -103,35 +105,28 @@ def paged_attention(
 
 
 def _decode(q: Tensor, kv: Tensor, layer: int, group: DecodeGroup, scale: float, out: Tensor) -> None:
-    num_heads, head_dim = q.shape[1:]
-    num_pairs, _, num_tokens = group.bias.shape  # a pair: one row, one K/V head
-    keys, values = gather_heads(kv, layer, group.index)
-    keys = keys.view(num_pairs, num_tokens, head_dim)
-    values = values.view(num_pairs, num_tokens, head_dim)
-    queries = q.index_select(0, group.tokens).view(num_pairs, -1, head_dim)
-    # scores that were rounded to bfloat16 would cost ten times the error of the rest
-    scores = torch.baddbmm(group.bias, queries.float(), keys.float().transpose(1, 2), alpha=scale)
-    attended = torch.bmm(torch.softmax(scores, -1).to(q.dtype), values)
-    out.index_copy_(0, group.tokens, attended.view(-1, num_heads, head_dim))
+    keys, values = gather_kv(kv, layer, group.index)
+    queries = q.index_select(0, group.tokens).unflatten(1, (kv.shape[4], -1))
+    # [num_rows, num_kv_heads, num_heads / num_kv_heads, head_dim]
+    attended = F.scaled_dot_product_attention(
+        queries, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=group.mask, scale=scale
+    )
+    out.index_copy_(0, group.tokens, attended.flatten(1, 2))
 
 
 def _prefill(
     q: Tensor, k: Tensor, v: Tensor, kv: Tensor, layer: int, row: PrefillRow, scale: float, out: Tensor
 ) -> None:
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads = kv.shape[4]
     own = slice(row.start, row.start + row.count)
-    if row.index is None:
-        keys, values = k[own].transpose(0, 1), v[own].transpose(0, 1)
-    else:
-        keys, values = (side.view(num_kv_heads, -1, head_dim) for side in gather_heads(kv, layer, row.index))
+    keys, values = k[own], v[own]
+    if row.index is not None:
+        keys, values = (side[0] for side in gather_kv(kv, layer, row.index))
     # [num_kv_heads, group, count, head_dim]; the keys repeat over the group without a copy
-    queries = q[own].transpose(0, 1).unflatten(0, (num_kv_heads, -1))
-    group = queries.shape[1]
+    queries = q[own].transpose(0, 1).unflatten(0, (kv.shape[4], -1))
     attended = F.scaled_dot_product_attention(
         queries,
-        keys.unsqueeze(1).expand(-1, group, -1, -1),
-        values.unsqueeze(1).expand(-1, group, -1, -1),
+        keys.transpose(0, 1).unsqueeze(1).expand(-1, queries.shape[1], -1, -1),
+        values.transpose(0, 1).unsqueeze(1).expand(-1, queries.shape[1], -1, -1),
         attn_mask=row.mask,
         is_causal=row.mask is None,
         scale=scale,
@@ -156,18 +151,17 @@ def _group_by_length(rows: list[int], context_lens: list[int], width: int) -> li
 def _plan_decode(
     rows: list[int], query_starts: list[int], context_lens: list[int], page_table: Tensor, kv: Tensor
 ) -> DecodeGroup:
-    num_kv_heads, device = kv.shape[4], kv.device
-    longest = max(context_lens[row] for row in rows)
-    num_tokens = -(-longest // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE
-    lengths = torch.tensor([context_lens[row] for row in rows], device=device).unsqueeze(1)
+    device = kv.device
+    lengths = [context_lens[row] for row in rows]
+    num_tokens = -(-max(lengths) // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE
     place = torch.arange(num_tokens, device=device).unsqueeze(0)
-    padded = place >= lengths  # [num_rows, num_tokens]
-    index = _head_index(page_table[torch.tensor(rows, device=device)], place.masked_fill(padded, 0), kv)
-    bias = torch.zeros(padded.shape, device=device).masked_fill_(padded, float("-inf"))
+    padded = place >= torch.tensor(lengths, device=device).unsqueeze(1)  # [num_rows, num_tokens]
+    mask = torch.zeros(padded.shape, dtype=kv.dtype, device=device).masked_fill_(padded, float("-inf"))
+    pages = page_table[torch.tensor(rows, device=device)]
     return DecodeGroup(
         tokens=torch.tensor([query_starts[row] for row in rows], device=device),
-        index=index.flatten(),
-        bias=bias.repeat_interleave(num_kv_heads, 0).unsqueeze(1),
+        index=_token_index(pages, place.masked_fill(padded, 0), kv),
+        mask=mask[:, None, None],
     )
 
 
@@ -175,17 +169,15 @@ def _plan_prefill(start: int, count: int, context_len: int, pages: Tensor, kv: T
     if context_len == count:
         return PrefillRow(start, count, None, None)
     place = torch.arange(context_len, device=kv.device).unsqueeze(0)
-    index = _head_index(pages.unsqueeze(0), place, kv)
     mask = torch.full((count, context_len), float("-inf"), dtype=kv.dtype, device=kv.device)
-    return PrefillRow(start, count, index.flatten(), mask.triu_(context_len - count + 1))
+    index = _token_index(pages.unsqueeze(0), place, kv)
+    return PrefillRow(start, count, index, mask.triu_(context_len - count + 1))
 
 
-def _head_index(pages: Tensor, place: Tensor, kv: Tensor) -> Tensor:
-    """Where the tokens at `place` of each row lie: [num_rows, num_kv_heads, num_tokens].
+def _token_index(pages: Tensor, place: Tensor, kv: Tensor) -> Tensor:
+    """`slot_index` of the tokens at `place` of each row: int64 [num_rows, num_tokens].
 
     pages: int64 [num_rows, max_pages]; place: int64 [num_rows, num_tokens].
     """
-    page_size, num_kv_heads = kv.shape[3], kv.shape[4]
-    slots = pages.gather(1, place // page_size) * page_size + place % page_size
-    heads = torch.arange(num_kv_heads, device=kv.device).view(1, -1, 1)
-    return slot_index(slots, kv).unsqueeze(1) * num_kv_heads + heads
+    page_size = kv.shape[3]
+    return slot_index(pages.gather(1, place // page_size) * page_size + place % page_size, kv)

@@ -6,7 +6,6 @@ one number, and the same slot of layer n lies `n * 2 * page_size` further on. So
 tensor made at the start of a step serves every layer through a shifted view.
 """
 
-import torch
 from torch import Tensor
 
 
@@ -19,16 +18,11 @@ def slot_index(slots: Tensor, kv: Tensor) -> Tensor:
     return slots + (slots // page_size) * ((2 * num_layers - 1) * page_size)
 
 
-def layer_views(kv: Tensor, layer: int, width: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of one layer as flat tables of `width`-wide vectors, without a copy.
-
-    width: num_kv_heads * head_dim for whole tokens (index: `slot_index`), or head_dim for
-    single heads (index: `slot_index * num_kv_heads + head`).
-    """
-    _, _, _, page_size, num_kv_heads, head_dim = kv.shape
-    flat = kv.view(-1, width)
-    shift = page_size * (num_kv_heads * head_dim // width)
-    return flat[2 * layer * shift :], flat[(2 * layer + 1) * shift :]
+def _layer_views(kv: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer for `slot_index`, without a copy: [n, num_kv_heads * head_dim]."""
+    page_size = kv.shape[3]
+    flat = kv.view(-1, kv.shape[4] * kv.shape[5])
+    return flat[2 * layer * page_size :], flat[(2 * layer + 1) * page_size :]
 
 
 def write_kv(kv: Tensor, layer: int, index: Tensor, k: Tensor, v: Tensor) -> None:
@@ -37,16 +31,16 @@ def write_kv(kv: Tensor, layer: int, index: Tensor, k: Tensor, v: Tensor) -> Non
     index: int64 [num_tokens] from `slot_index`, no slot twice.
     k, v: [num_tokens, num_kv_heads, head_dim] of kv's dtype.
     """
-    width = k.shape[1] * k.shape[2]
-    keys, values = layer_views(kv, layer, width)
-    keys.index_copy_(0, index, k.reshape(-1, width))
-    values.index_copy_(0, index, v.reshape(-1, width))
+    keys, values = _layer_views(kv, layer)
+    keys.index_copy_(0, index, k.flatten(1))
+    values.index_copy_(0, index, v.flatten(1))
 
 
-def gather_heads(kv: Tensor, layer: int, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of one layer, head by head.
+def gather_kv(kv: Tensor, layer: int, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of the keys and of the values of one layer at some slots.
 
-    index: int64 [n], `slot_index * num_kv_heads + head`. Returns two [n, head_dim].
+    index: int64 of any shape, from `slot_index`. Returns two [*index.shape, num_kv_heads, head_dim].
     """
-    keys, values = layer_views(kv, layer, kv.shape[-1])
-    return torch.index_select(keys, 0, index), torch.index_select(values, 0, index)
+    shape = (*index.shape, *kv.shape[4:])
+    keys, values = (side.index_select(0, index.flatten()).view(shape) for side in _layer_views(kv, layer))
+    return keys, values

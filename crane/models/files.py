@@ -31,7 +31,7 @@ _ELEMENT_BYTES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A model on disk.
 
@@ -65,7 +65,7 @@ class Checkpoint:
             if not stat.S_ISREG(status.st_mode):
                 raise ModelError(f"{path}: not a regular file")
             if status.st_size > MAX_TEXT_BYTES:
-                raise ModelError(f"{path}: {status.st_size} bytes, more than the {MAX_TEXT_BYTES} that crane reads")
+                raise ModelError(f"{path}: {status.st_size} bytes, more than crane reads ({MAX_TEXT_BYTES})")
             return path.read_bytes().decode()
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
@@ -88,7 +88,7 @@ def open_checkpoint(path: str | Path, format: str = "auto") -> Checkpoint:
         raise ModelError(f"format must be auto, safetensors or gguf, got {show(str(format))}")
     if not str(path) or "\0" in str(path):
         raise ModelError(f"model path must be a folder or a .gguf file, got {show(str(path))}")
-    path = Path(path).expanduser()
+    path = Path(path)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -119,7 +119,7 @@ def _open_folder(path: Path, format: str) -> Checkpoint:
         return Checkpoint(path, "safetensors")
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
-        raise ModelError(f"{path}: pickle weights are refused ({show(pickles[0])}); convert them to safetensors")
+        raise ModelError(f"{path / pickles[0]}: pickle weights are refused; convert them to safetensors")
     raise ModelError(f"{path}: holds neither .safetensors nor .gguf weights")
 
 
@@ -129,7 +129,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     metadata, tensors = read_gguf_header(path)
     num_parts = metadata.get("split.count", 1)
     if num_parts not in (0, 1):
-        raise ModelError(f"{path}: one of {show(str(num_parts))} parts of a split GGUF; merge them into one file first")
+        raise ModelError(f"{path}: one of {show(str(num_parts))} parts of a split GGUF: merge the parts")
     return Checkpoint(path, "gguf", metadata, tensors)
 
 
@@ -159,28 +159,29 @@ def _safetensors_index(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
         if len(files) != 1:
             raise ModelError(f"{folder}: holds {len(files)} .safetensors files and no {INDEX_NAME}")
         return _safetensors_header(files[0])
+    index_path = folder / INDEX_NAME
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{folder / INDEX_NAME}: weight_map must be an object of tensor names to file names")
+        raise ModelError(f"{index_path}: weight_map must be an object of tensor names to file names")
     for shard in weight_map.values():
         if not _is_plain_name(shard) or not shard.endswith(".safetensors"):
-            raise ModelError(f"{folder / INDEX_NAME}: {show(str(shard))} is not the name of a .safetensors file beside it")
+            raise ModelError(f"{index_path}: {show(str(shard))} is not a .safetensors file beside it")
     shards = sorted(set(weight_map.values()))
     if len(shards) > MAX_SHARDS:
-        raise ModelError(f"{folder / INDEX_NAME}: {len(shards)} shards cannot be right")
+        raise ModelError(f"{index_path}: {len(shards)} shards cannot be right")
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         if not (folder / shard).exists():
             raise ModelError(f"{folder / shard}: named in {INDEX_NAME} but missing")
         for name, tensor in _safetensors_header(folder / shard).items():
             if name in tensors:
-                raise ModelError(f"{folder / shard}: tensor {show(name)} is in {show(tensors[name].path.name)} too")
+                raise ModelError(f"{folder / shard}: tensor {show(name)} is in {tensors[name].path.name} too")
             if weight_map.get(name) != shard:
-                raise ModelError(f"{folder / shard}: tensor {show(name)} is not listed for it in {INDEX_NAME}")
+                raise ModelError(f"{folder / shard}: tensor {show(name)} is not listed in {INDEX_NAME}")
             tensors[name] = tensor
     missing = next((name for name in weight_map if name not in tensors), None)
     if missing is not None:
-        raise ModelError(f"{folder / weight_map[missing]}: tensor {show(missing)} is in {INDEX_NAME} but not in the file")
+        raise ModelError(f"{folder / weight_map[missing]}: lacks tensor {show(missing)} of {INDEX_NAME}")
     return tensors
 
 
@@ -221,7 +222,7 @@ def _safetensors_entry(name: str, entry: object, start: int, path: Path) -> Tens
     if not isinstance(dtype, str) or dtype not in _ELEMENT_BYTES:
         raise ModelError(f"{fail} has unsupported dtype {show(str(dtype))}")
     for label, values in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(values, list) or len(values) > 8 or any(type(v) is not int or not 0 <= v < 1 << 48 for v in values):
+        if not isinstance(values, list) or len(values) > 8 or not all(map(_is_size, values)):
             raise ModelError(f"{fail} has a malformed {label}")
     nbytes = math.prod(shape) * _ELEMENT_BYTES[dtype]
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
@@ -229,10 +230,14 @@ def _safetensors_entry(name: str, entry: object, start: int, path: Path) -> Tens
     return TensorInfo(name, dtype, tuple(shape), path, start + offsets[0], nbytes)
 
 
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 48
+
+
 def _without_duplicates(pairs: list, path: Path) -> dict:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ModelError(f"{path}: {show(twice)} is given twice in the header")
+    out = {}
+    for name, value in pairs:
+        if name in out:
+            raise ModelError(f"{path}: {show(name)} is given twice in the header")
+        out[name] = value
     return out

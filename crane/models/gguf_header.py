@@ -149,7 +149,7 @@ class _Reader:
     def array(self, key: str, depth: int) -> list:
         what = f"the array {show(key)}"
         kind, count = self.scalar("I", what), self.scalar("Q", what)
-        smallest = {_BOOL: 1, _STRING: 8, _ARRAY: 12}.get(kind) or struct.calcsize("<" + _SCALARS.get(kind, "B"))
+        smallest = {_STRING: 8, _ARRAY: 12}.get(kind) or struct.calcsize("<" + _SCALARS.get(kind, "B"))
         self.num_items += count
         if count * smallest > self.size - self.pos or self.num_items > MAX_ARRAY_ITEMS:
             raise self.fail(f"{what} claims {count} items, more than the file can hold or crane reads")
@@ -204,7 +204,7 @@ class _Reader:
         if 0 in dims:
             raise self.fail(f"tensor {show(name)} has an empty dimension: {list(dims)}")
         if dims[0] % block_elements:
-            raise self.fail(f"tensor {show(name)}: rows of {dims[0]} do not divide into {dtype} blocks of {block_elements}")
+            raise self.fail(f"tensor {show(name)}: rows of {dims[0]} do not fit blocks of {block_elements}")
         return name, dtype, dims[::-1], math.prod(dims) // block_elements * block_bytes, offset
 
     def place(self, records: list, start: int, alignment: int) -> dict[str, TensorInfo]:

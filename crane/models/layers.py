@@ -1,12 +1,12 @@
 """The parts decoders are made of. Each owns its weights; what varies by step is an argument."""
 
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crane.errors import ModelError
 from crane.kernels.activation import silu_mul
 from crane.kernels.attention import paged_attention
 from crane.kernels.norm import rms_norm
@@ -86,12 +86,15 @@ class RMSNorm:
 class Rope:
     """The angles of every position: cos and sin, computed once a step."""
 
-    def __init__(self, config: ModelConfig, weights: Weights):
+    def __init__(self, config: ModelConfig, weights: Weights, device: torch.device):
         self.inv_freq, self.scale = rope_frequencies(config.rope, config.head_dim)
-        if weights.has("rope_freqs.weight"):
-            # GGUF keeps the divisors that llama3 scaling amounts to instead of its parameters
-            self.inv_freq = self.inv_freq / weights.tensor("rope_freqs.weight", (config.head_dim // 2,)).float().cpu()
         self.inv_freq = self.inv_freq.to(device)
+        if weights.has("rope_freqs.weight"):
+            # GGUF keeps the divisors that llama3 scaling amounts to instead of its parameters;
+            # rounded to bfloat16 they would turn far positions by whole radians
+            exact = copy.copy(weights)
+            exact.dtype = torch.float32
+            self.inv_freq = self.inv_freq / exact.tensor("rope_freqs.weight", (config.head_dim // 2,))
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: int64 [num_tokens]. Returns float32 cos and sin, [num_tokens, head_dim / 2]."""
@@ -166,3 +169,48 @@ class LMHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden: [num_rows, hidden]. Returns float32 [num_rows, vocab_size]."""
         return self.linear(hidden).float()
+
+
+def rope_frequencies(config: RopeConfig, dim: int) -> tuple[Tensor, float]:
+    """Angle per position of each rotated pair, and the factor on cos and sin.
+
+    dim: elements of a head. Returns float32 [dim / 2] on the CPU and a float.
+    """
+    theta = config.theta
+    if config.kind == "dynamic_alpha":
+        theta *= config.alpha ** (dim / (dim - 2))
+    inv_freq = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if config.kind == "linear":
+        return inv_freq / config.factor, 1.0
+    if config.kind == "llama3":
+        return _llama3_frequencies(config, inv_freq), 1.0
+    if config.kind == "yarn":
+        return _yarn_frequencies(config, inv_freq), config.attention_factor
+    assert config.kind in ("default", "dynamic_alpha"), config.kind
+    return inv_freq, 1.0
+
+
+def _llama3_frequencies(config: RopeConfig, inv_freq: Tensor) -> Tensor:
+    # turns within the original context: few turns are stretched, many are kept, a ramp between
+    turns = config.original_max_position * inv_freq / (2 * math.pi)
+    keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return inv_freq * (keep + (1 - keep) / config.factor)
+
+
+def _yarn_frequencies(config: RopeConfig, inv_freq: Tensor) -> Tensor:
+    pairs = inv_freq.shape[0]
+
+    def pair_of(turns: float) -> float:
+        """The (fractional) pair that makes so many turns within the original context."""
+        wavelength = config.original_max_position / turns
+        return pairs * math.log(wavelength / (2 * math.pi)) / math.log(config.theta)
+
+    low, high = pair_of(config.beta_fast), pair_of(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    if low == high:
+        high += 0.001
+    keep = 1 - ((torch.arange(pairs, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return inv_freq * (keep + (1 - keep) / config.factor)

@@ -33,6 +33,7 @@ GREETING_S = 10.0
 # A started engine has this long to bind; loading comes after that.
 BIND_S = 60.0
 RETRY_S = 1.0
+POLL_S = 0.05
 LOST = "engine_lost: the engine ended before it finished this request"
 
 
@@ -79,10 +80,12 @@ class Stream:
         self._changed.set()
 
     def close(self) -> None:
-        """Abort what is unfinished. Idempotent."""
+        """Abort what is unfinished; `next` gives nothing more. Idempotent."""
         for rid in self._open:
             self._link.forget(rid)
         self._open.clear()
+        self._unaccepted.clear()
+        self._outputs.clear()
         self._changed.set()
 
     def take(self, message: Accepted | Rejected | Output) -> None:
@@ -136,7 +139,8 @@ class _Connection(asyncio.Protocol):
             for message in self._reader.feed(data):
                 if not self.greeting.done() and isinstance(message, State):
                     self.greeting.set_result(message)
-                self._link.receive(message)
+                else:
+                    self._link.receive(message)
         except WireError as error:
             log.error("the engine's link is cut: %s", error)
             self.transport.abort()
@@ -170,6 +174,7 @@ class Link:
         self._calls: dict[int, asyncio.Future] = {}
         self._num_calls = 0
         self._changed = asyncio.Event()
+        self._halted = False
         self._task: asyncio.Task | None = None
 
     # for the API
@@ -221,14 +226,15 @@ class Link:
         if self.state.status not in ("ready", "draining"):
             self._check_ready()
         self._num_calls += 1
-        answer = self._calls[self._num_calls] = asyncio.get_running_loop().create_future()
-        self._connection.transport.write(pack(Call(self._num_calls, op, payload)))
+        number = self._num_calls
+        answer = self._calls[number] = asyncio.get_running_loop().create_future()
+        self._connection.transport.write(pack(Call(number, op, payload)))
         try:
             reply = await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
             raise EngineError("internal", f"the engine did not answer {op!r} within {timeout_s:g} s") from None
         finally:
-            self._calls.pop(self._num_calls, None)
+            self._calls.pop(number, None)
         if reply.error is not None:
             raise EngineError("internal", reply.error)
         return reply.payload
@@ -246,7 +252,7 @@ class Link:
         texts = {
             "loading": "the model is loading",
             "draining": "the server is stopping",
-            "lost": "the engine is restarting",
+            "lost": state.reason or "the engine is restarting",
             "failed": f"the engine cannot serve: {state.reason}",
         }
         raise EngineError(code, texts[code], 5.0 if code == "failed" else RETRY_S)
@@ -273,6 +279,8 @@ class Link:
                 stream.take(message)
         elif isinstance(message, State):
             self._set(message)
+            if message.status == "failed":  # it leaves once nobody is connected any more
+                self._connection.transport.abort()
         elif isinstance(message, Reply):
             answer = self._calls.get(message.id)
             if answer is not None and not answer.done():
@@ -290,30 +298,20 @@ class Link:
 
     async def _run(self) -> None:
         while True:
+            connection = None
             try:
-                self._place = self._place or launch.meeting(self.settings, self._arbiter_pid or os.getppid())
+                self._place = self._place or launch.meeting(self.settings, self._arbiter_pid or launch.own_arbiter())
                 connection = await self._connect_or_start()
-            except (OSError, SettingsError) as error:  # no run folder, no process to be had, ...
-                self._set(State("failed", reason=f"cannot reach the engine: {error}"))
-                connection = None
-            if connection is None:
-                await asyncio.sleep(RETRY_S)
-                continue
-            self._connection = connection
-            self._set(connection.greeting.result())
-            await self._until_lost(connection)
-            self._drop()
-
-    async def _until_lost(self, connection: _Connection) -> None:
-        """Until the connection ends. A failed engine has nothing more to say and leaves once we have."""
-        while not connection.lost.is_set() and self.state.status != "failed":
-            lost = asyncio.ensure_future(connection.lost.wait())
-            changed = asyncio.ensure_future(self._changed.wait())
-            await asyncio.wait((lost, changed), return_when=asyncio.FIRST_COMPLETED)
-            lost.cancel()
-            changed.cancel()
-            if changed.done():
-                self._changed.clear()
+            except SettingsError as error:  # the run folder cannot be used
+                self._give_up(str(error), halt=True)
+            except OSError as error:  # no process to be had, an engine that is stuck, ...
+                self._set(State("lost", reason=f"cannot reach the engine: {error}"))
+            if connection is not None:
+                self._connection = connection
+                self.receive(connection.greeting.result())
+                await connection.lost.wait()
+                self._drop()
+            await asyncio.sleep(RETRY_S if self.state.status == "failed" else POLL_S)
 
     def _drop(self) -> None:
         """The connection is of no more use: everything that waited on it is told."""
@@ -333,36 +331,39 @@ class Link:
     async def _connect_or_start(self) -> _Connection | None:
         """A greeted connection, or None: try again later. Starts the engine when nobody is there to answer."""
         connection = await self._connect()
-        if connection is not None or self._place.arbiter_pid is None:
-            if connection is None:
-                self._set(State("lost", reason=f"no engine answers on {self._place.socket}"))
+        if connection is not None:
             return connection
+        if self._place.arbiter_pid is None:
+            raise OSError(f"nobody listens on {self._place.socket}")
         with launch.locked(self._place) as fd:
             if fd is None:
-                return await self._short_pause()  # another worker is at it
+                return None  # another worker is at it
             connection = await self._connect()
             if connection is not None:
                 return connection
             record = launch.read_record(fd)
             if record.exhausted:
-                return self._give_up(record)
+                reason = record.reason or f"the engine died while it was loading{self._exit_text()}"
+                return self._give_up(reason, halt=not record.was_ready)
             if record.attempts:
                 await asyncio.sleep(RETRY_S * 2**record.attempts)
             self._place.socket.unlink(missing_ok=True)
             launch.sweep()
-            record.attempts += 1
-            record.reason = ""
-            launch.write_record(fd, record)
+            launch.write_record(fd, launch.Record(record.was_ready, record.attempts + 1))
             return await self._start_engine()
 
-    async def _short_pause(self) -> None:
-        await asyncio.sleep(0.05)
-
-    def _give_up(self, record: launch.Record) -> None:
-        reason = record.reason or "the engine died while it was loading"
-        self._set(State("failed", reason=reason))
-        if not record.was_ready:
+    def _give_up(self, reason: str, halt: bool) -> None:
+        if self.state.status != "failed" or self.state.reason != reason:
+            self._set(State("failed", reason=reason))
+            if not halt:
+                log.error("no engine any more: %s", reason)
+        if halt and not self._halted:
+            self._halted = True
             self._on_halt(reason)
+
+    def _exit_text(self) -> str:
+        status = self._engine.poll() if self._engine else None
+        return "" if status is None else f" (signal {-status})" if status < 0 else f" (exit status {status})"
 
     async def _connect(self) -> _Connection | None:
         """Connect, and wait for the first State. None when nobody listens; TimeoutError when it says nothing."""
@@ -375,12 +376,13 @@ class Link:
             greeting = await asyncio.wait_for(connection.greeting, GREETING_S)
         except TimeoutError:
             connection.transport.abort()
-            raise
+            raise OSError(f"it accepts connections on {self._place.socket} and says nothing") from None
         return connection if greeting is not None else None
 
     async def _start_engine(self) -> _Connection | None:
         """Start it and wait until it listens. Holding the lock, so that nobody starts a second one."""
         self._engine = launch.spawn(self.settings, self._place, self._command)
+        threading.Thread(target=self._engine.wait, daemon=True).start()  # else it would stay a zombie
         deadline = asyncio.get_running_loop().time() + BIND_S
         while self._engine.poll() is None and asyncio.get_running_loop().time() < deadline:
             connection = await self._connect()
@@ -388,3 +390,103 @@ class Link:
                 return connection
             await asyncio.sleep(0.02)
         return None
+
+
+class LinkThread:
+    """A Link on a loop of its own in a daemon thread, for WSGI. Its methods block and may be called by any thread.
+
+    Start it in the process that uses it: a thread does not survive a fork.
+    """
+
+    def __init__(self, settings: Settings, **options):
+        self._link = Link(settings, **options)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def settings(self) -> Settings:
+        return self._link.settings
+
+    @property
+    def state(self) -> State:
+        return self._link.state
+
+    @property
+    def on_state(self) -> list[Callable[[State], None]]:
+        """Called on the link's thread."""
+        return self._link.on_state
+
+    def start(self) -> None:
+        """Idempotent."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="engine link", daemon=True).start()
+                self._loop.call_soon_threadsafe(self._link.start)
+
+    def stop(self) -> None:
+        """Leave the engine. Open streams end as lost."""
+        with self._lock:
+            if self._loop is not None:
+                self._wait(self._link.stop())
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._loop = None
+
+    def ready(self, timeout_s: float) -> EngineInfo:
+        return self._wait(self._link.ready(timeout_s))
+
+    def open(self, requests: Sequence[Generate]) -> "BlockingStream":
+        async def on_loop():
+            return self._link.open(requests)
+
+        return BlockingStream(self._wait(on_loop()), self._loop)
+
+    def call(self, op: str, payload: Any = None, timeout_s: float = 30.0) -> Any:
+        return self._wait(self._link.call(op, payload, timeout_s))
+
+    def abort(self, rid: str | None) -> None:
+        self._loop.call_soon_threadsafe(self._link.abort, rid)
+
+    def _wait(self, coroutine) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
+class BlockingStream:
+    """A Stream for one thread that waits."""
+
+    def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop):
+        self._stream = stream
+        self._loop = loop
+        self._next: Future | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self._stream.finished
+
+    def accepted(self, timeout_s: float | None = None) -> None:
+        """As `Stream.accepted`. Raises EngineError, also when the engine has not answered in time."""
+        answer = asyncio.run_coroutine_threadsafe(self._stream.accepted(), self._loop)
+        try:
+            answer.result(timeout_s)
+        except FutureTimeout:
+            self.close()
+            raise EngineError("internal", f"the engine did not answer within {timeout_s:g} s", RETRY_S) from None
+
+    def next(self, timeout_s: float | None = None) -> list[Output] | None:
+        """As `Stream.next`; None when nothing has come in time."""
+        if self._next is None:
+            self._next = asyncio.run_coroutine_threadsafe(self._stream.next(), self._loop)
+        try:
+            outputs = self._next.result(timeout_s)
+        except FutureTimeout:
+            return None  # and the next call waits on: what comes meanwhile is not lost
+        self._next = None
+        return outputs
+
+    def disconnect(self) -> None:
+        """From any thread: whoever waits in `next` gets []."""
+        self._loop.call_soon_threadsafe(self._stream.disconnect)
+
+    def close(self) -> None:
+        """Abort what is unfinished. Idempotent."""
+        self._loop.call_soon_threadsafe(self._stream.close)

@@ -36,7 +36,7 @@ ENGINE_COMMAND = (sys.executable, "-m", "crane.runtime.server")
 # gunicorn stops altogether when a worker exits with this code, instead of starting another
 EXIT_HALT = 3
 # Settings that the engine does not look at: changing them needs no other engine.
-_API_SETTINGS = frozenset(
+API_SETTINGS = frozenset(
     ("model_name", "host", "port", "workers", "engine_socket", "max_body", "worker_swap", "log_level")
 )
 
@@ -78,7 +78,7 @@ def meeting(settings: Settings, arbiter_pid: int) -> Meeting:
     if settings.engine_socket:
         return Meeting(_checked(Path(settings.engine_socket).absolute()), None)
     wanted = [f"{spec.name}={getattr(settings, spec.name)!r}" for spec in dataclasses.fields(settings)
-              if spec.name not in _API_SETTINGS and spec.name != "model_path"]
+              if spec.name not in API_SETTINGS and spec.name != "model_path"]
     wanted += [os.path.abspath(settings.model_path), process_start(arbiter_pid)]
     digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:12]
     return Meeting(_checked(run_dir() / f"{arbiter_pid}-{digest}.sock"), arbiter_pid)
@@ -101,6 +101,11 @@ def run_dir() -> Path:
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise SettingsError(f"{folder} must be a folder of this user with mode 0700; remove it")
     return folder
+
+
+def own_arbiter() -> int:
+    """Whose workers share an engine with this process: a gunicorn master's, else nobody's but this process's."""
+    return os.getppid() if "gunicorn.arbiter" in sys.modules else os.getpid()
 
 
 def process_start(pid: int) -> str:
@@ -249,12 +254,26 @@ def _answers(path: Path) -> bool:
 
 def claim(what: str, arbiter_pid: int) -> bool:
     """True for the first process under this arbiter that asks for `what`: for things to do or say once."""
-    path = run_dir() / f"{arbiter_pid}-{process_start(arbiter_pid)}.{what}"
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        os.close(os.open(_claim_path(what, arbiter_pid), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         return False
     return True
+
+
+def claimed(what: str, arbiter_pid: int) -> bool:
+    return _claim_path(what, arbiter_pid).exists()
+
+
+def _claim_path(what: str, arbiter_pid: int) -> Path:
+    return run_dir() / f"{arbiter_pid}-{process_start(arbiter_pid)}.{what}"
+
+
+def clear(arbiter_pid: int) -> None:
+    """Remove the notes (not the sockets) of an arbiter that is gone or about to be."""
+    for path in run_dir().glob(f"{arbiter_pid}-*"):
+        if not path.is_socket():
+            path.unlink(missing_ok=True)
 
 
 def halt_server(reason: str) -> None:
@@ -262,7 +281,7 @@ def halt_server(reason: str) -> None:
 
     Only the first worker to know does so and does not return: two workers that exit this way trip gunicorn.
     """
-    if not claim("halted", os.getppid()):
+    if not claim("halted", own_arbiter()):
         return
     print(f"crane: {reason}", file=sys.stderr, flush=True)
     os._exit(EXIT_HALT)  # from any thread; nothing has been served yet

@@ -22,7 +22,7 @@ from crane.errors import CraneError
 from crane.runtime import launch
 from crane.runtime.settings import Settings
 from crane.runtime.stepper import Stepper
-from crane.runtime.types import Abort, Call, Generate, Hello, Rejected, Reply, State
+from crane.runtime.types import Abort, Call, EngineInfo, Generate, Hello, Rejected, Reply, State
 from crane.runtime.wire import PROTOCOL, FrameReader, WireError, pack
 
 log = logging.getLogger("crane.engine")
@@ -34,8 +34,11 @@ FIRST_LINK_S = 30.0
 # After the arbiter's end its workers have this long to notice and leave.
 ORPHAN_S = 3.0
 # A failed engine stays this long for workers that want to know why.
-FAILED_S = 3.0
+FAILED_S = 1.0
 TICK_S = 0.25
+# A worker that starts us holds the lock for moments; a stopped one must not keep us from serving.
+LOCK_TICK_S = 0.02
+RECORD_S = 2.0
 
 
 class Peer(asyncio.Protocol):
@@ -133,7 +136,8 @@ class Server:
         self._drain_end_s: float | None = None
         self._drained = False
         self._stop_now = False
-        self._unrecorded = False  # ready, and not yet written to the record
+        self._loaded: EngineInfo | None = None  # loaded, and not yet announced
+        self._loaded_s = 0.0
 
     async def run(self) -> int:
         """Serve until there is nobody to serve. Returns the exit status. Raises SettingsError."""
@@ -149,9 +153,10 @@ class Server:
             code = self._exit_code()
             if code is not None and self._leave(server, (status.st_dev, status.st_ino), code):
                 break
-            self._record_ready()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), TICK_S)
+            if self._loaded is not None:
+                self._announce_ready()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), TICK_S if self._loaded is None else LOCK_TICK_S)
             self._wake.clear()
         await self._flush()
         return code
@@ -194,8 +199,8 @@ class Server:
             self._set(State("loading", loaded_bytes=loaded_bytes, total_bytes=total_bytes))
 
     def ready(self, info) -> None:
-        self._set(State("ready", info=info))
-        self._unrecorded = True
+        self._loaded = info
+        self._loaded_s = time.monotonic()
         self._wake.set()
 
     def failed(self, reason: str) -> None:
@@ -262,17 +267,21 @@ class Server:
                 else:
                     record.attempts = 0
                 launch.write_record(fd, record)
-                if self._arbiter.gone or self.place.arbiter_pid is None:
+                if self.place.arbiter_pid is None:
                     self.place.lock.unlink(missing_ok=True)
+            if self._arbiter.gone:
+                launch.clear(self.place.arbiter_pid)
         return True
 
-    def _record_ready(self) -> None:
-        if not self._unrecorded:
-            return
+    def _announce_ready(self) -> None:
+        """First write it down: a worker that saw us ready must find so when we die."""
         with launch.locked(self.place) as fd:
             if fd is not None:
                 launch.write_record(fd, launch.Record(was_ready=True))
-                self._unrecorded = False
+            elif time.monotonic() - self._loaded_s < RECORD_S:
+                return
+        info, self._loaded = self._loaded, None
+        self._set(State("ready", info=info))
 
     async def _flush(self) -> None:
         """Let the last outputs reach workers that read."""

@@ -168,26 +168,29 @@ class Progress:
     def __init__(self, tell: Callable[[int, int], None]):
         self._tell = tell
         self._terminal = sys.stderr.isatty()
-        self._started_s = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when, and how much there was by then
         self._told_s = 0.0
+        self._logged_s = 0.0
         self._tenth = 0
         self._lock = threading.Lock()  # weights may be read by several threads
 
     def __call__(self, loaded_bytes: int, total_bytes: int) -> None:
         with self._lock:
             now, done = time.monotonic(), loaded_bytes >= total_bytes
+            self._first = self._first or (now, 0 if done else loaded_bytes)
             if now - self._told_s >= 0.1 or done:
                 self._told_s = now
                 self._tell(loaded_bytes, total_bytes)
                 if self._terminal:
                     self._draw(loaded_bytes, total_bytes, "\n" if done else "")
             tenth = 10 * loaded_bytes // max(total_bytes, 1)
-            if tenth > self._tenth and not self._terminal:
+            if not self._terminal and tenth > self._tenth and (now - self._logged_s >= 0.5 or done):
+                self._tenth, self._logged_s = tenth, now
                 log.info("loading the model: %s", self._text(loaded_bytes, total_bytes))
-            self._tenth = max(tenth, self._tenth)
 
     def _text(self, loaded_bytes: int, total_bytes: int) -> str:
-        rate = loaded_bytes / max(time.monotonic() - self._started_s, 1e-3)
+        first_s, first_bytes = self._first
+        rate = (loaded_bytes - first_bytes) / max(time.monotonic() - first_s, 1e-3)
         percent = 100 * loaded_bytes // max(total_bytes, 1)
         return f"{percent:3d} %, {loaded_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s"
 

@@ -95,9 +95,9 @@ def test_lengths_far_apart_are_not_padded_to_the_longest():
     lengths = [5000, 4990, 30, 20, 10]
     case = Case([(1, length) for length in lengths], page_size=64)
     plan = plan_attention(case.query_lens, case.query_starts, case.context_lens, case.page_table, case.kv)
-    gathered = sum(group.index.numel() for group in plan.decode) / 2
+    gathered = sum(group.index.numel() for group in plan.decode)
     assert len(plan.decode) == 2
-    assert gathered < 1.02 * sum(lengths)
+    assert gathered < 1.05 * sum(lengths)
     torch.testing.assert_close(case.run().double(), case.expected(), rtol=1e-5, atol=1e-5)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crane.kernels.pages import gather_heads, slot_index, write_kv
+from crane.kernels.pages import gather_kv, slot_index, write_kv
 
 SHAPE = (5, 3, 2, 4, 2, 8)  # pages, layers, keys and values, page size, heads, head_dim
 
@@ -30,9 +30,8 @@ def test_strided_keys_and_values_are_written():
     assert torch.equal(kv[[0, 2, 4], 2, 1, [3, 1, 0]], v)
 
 
-def test_single_heads_are_gathered():
+def test_slots_are_gathered_in_the_order_and_shape_of_the_index():
     kv = torch.randn(SHAPE)
-    index = slot_index(torch.tensor([17, 2]), kv) * 2 + torch.tensor([1, 0])
-    keys, values = gather_heads(kv, 1, index)
-    assert torch.equal(keys, torch.stack((kv[4, 1, 0, 1, 1], kv[0, 1, 0, 2, 0])))
-    assert torch.equal(values, torch.stack((kv[4, 1, 1, 1, 1], kv[0, 1, 1, 2, 0])))
+    keys, values = gather_kv(kv, 1, slot_index(torch.tensor([[17, 2], [2, 8]]), kv))
+    assert torch.equal(keys, kv[[[4, 0], [0, 2]], 1, 0, [[1, 2], [2, 0]]])
+    assert torch.equal(values, kv[[[4, 0], [0, 2]], 1, 1, [[1, 2], [2, 0]]])

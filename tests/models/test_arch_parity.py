@@ -18,6 +18,7 @@ VARIANTS = [
     ("llama", {"rope": "llama3"}),
     ("llama", {"rope": "llama3", "spelling": 5}),
     ("llama", {"rope": "yarn"}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"quant": "Q8_0", "sharded": True}),
     ("qwen2", {}),
     ("qwen2", {"tied": True, "sharded": True}),
@@ -27,20 +28,15 @@ VARIANTS = [
     ("qwen3", {}),
     ("qwen3", {"tied": True, "head_dim": 32, "spelling": 5}),
     ("qwen3", {"rope": "yarn"}),
+    ("qwen3", {"attention_bias": True}),
     ("qwen3", {"quant": "Q8_0"}),
     ("hunyuan", {}),
     ("hunyuan", {"tied": True, "head_dim": 32, "spelling": 5}),
     ("hunyuan", {"rope": "default"}),
+    ("hunyuan", {"attention_bias": True}),
     ("hunyuan", {"quant": "Q4_1"}),
 ]
-# a GGUF file of these would need keys that llama.cpp has not
-FOLDER_ONLY = [
-    ("llama", {"attention_bias": True, "mlp_bias": True}),
-    ("qwen3", {"attention_bias": True}),
-    ("hunyuan", {"attention_bias": True}),
-]
 CASES = [(fmt, *case) for fmt in ("safetensors", "gguf") for case in VARIANTS]
-CASES += [("safetensors", *case) for case in FOLDER_ONLY]
 LENGTHS = {"a": 37, "b": 5, "c": 20}
 
 
@@ -139,3 +135,11 @@ def test_ragged_batches_give_the_logits_of_transformers(case, prompts):
 def test_every_registered_architecture_is_among_the_cases():
     tried = {"qwen25" if arch == "qwen2" else arch for _, arch, _ in CASES}
     assert set(models()) == tried
+
+
+def test_llama3_divisors_of_a_gguf_stay_exact_in_a_bfloat16_model(tmp_path):
+    folder = make_tiny(tmp_path, "llama", rope="llama3")
+    file = make_tiny(tmp_path, "llama", rope="llama3", fmt="gguf")
+    far = torch.tensor([100_000])
+    for ours, theirs in zip(load(file, torch.bfloat16).rope(far), load(folder).rope(far)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.1)

@@ -5,51 +5,75 @@ import gc
 import pytest
 import torch
 
+from crane.models.files import open_checkpoint
+from crane.models.tokenizer import load_tokenizer
 from tests.models.paged import PagedRun, load
 
 NUM_TOKENS = 24
-EOS = {"<|im_end|>"}
+QUESTIONS = ["Why is the sky blue?", "Write a Python function that adds two numbers.", "Hi"]
 
 
-def chat(question):
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+def prompt_ids(path):
+    tokenizer = load_tokenizer(open_checkpoint(path))
+    texts = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in QUESTIONS]
+    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    assert all(len(ids) < 30 for ids in prompts), "special tokens were cut to pieces"
+    return prompts
 
 
-PROMPTS = [chat("Why is the sky blue?"), chat("Write a Python function that adds two numbers.")]
-
-
-def oracle(path):
-    """Prompt ids, transformers' greedy continuations and its logits of every chosen token."""
+def their_model(path):
+    """transformers' model with the weights that its own GGUF reader makes of the file."""
     transformers = pytest.importorskip("transformers")
-    names = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**names)
-    model = transformers.AutoModelForCausalLM.from_pretrained(**names, dtype=torch.float32)
-    prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in PROMPTS]
-    outputs = []
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, assign=True, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    assert not missing or config.tie_word_embeddings
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
+
+
+def greedy_of_transformers(model, prompts):
+    """Greedy ids with their logits, one pair a prompt."""
+    answers = []
     for ids in prompts:
-        with torch.inference_mode():
-            out = model.generate(
-                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), do_sample=False,
-                max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, repetition_penalty=1.0,
-                return_dict_in_generate=True, output_logits=True,
-            )  # fmt: skip
-        outputs.append((out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits)))
-    del model
-    gc.collect()
-    return prompts, outputs
+        new, past, chosen, rows = ids, None, [], []
+        while len(chosen) < NUM_TOKENS:
+            with torch.inference_mode():
+                out = model(torch.tensor([new]), past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            rows.append(out.logits[0, -1])
+            chosen.append(int(rows[-1].argmax()))
+            new = chosen[-1:]
+        answers.append((chosen, torch.stack(rows)))
+    return answers
 
 
-def greedy_together(model, prompts, forbidden):
-    """All prompts prefilled in one step, then decoded as one batch."""
-    run = PagedRun(model, num_pages=40, page_size=16)
-    rows = list(enumerate(prompts))
-    chosen = [[] for _ in prompts]
-    scores = [[] for _ in prompts]
+def greedy_together(model, prompts):
+    """The same of ours: all prompts prefilled in one step, then decoded as one batch."""
+    run = PagedRun(model, num_pages=16, page_size=16)
+    new, chosen, scores = prompts, [[] for _ in prompts], [[] for _ in prompts]
     for _ in range(NUM_TOKENS):
-        for (name, _), logits in zip(rows, run.step(rows)):
-            scores[name].append(logits[-1])
-            allowed = logits[-1].clone()
-            allowed[forbidden] = float("-inf")
-            chosen[name].append(int(allowed.argmax()))
-        rows = [(name, ids[-1:]) for name, ids in enumerate(chosen)]
-    return chosen, [torch.stack(rows) for rows in scores]
+        for row, logits in enumerate(run.step(list(enumerate(new)))):
+            scores[row].append(logits[-1])
+            chosen[row].append(int(logits[-1].argmax()))
+        new = [ids[-1:] for ids in chosen]
+    return [(ids, torch.stack(rows)) for ids, rows in zip(chosen, scores)]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen_coder"])
+def test_greedy_ids_of_a_real_model_equal_those_of_transformers(name, request):
+    path = request.getfixturevalue(name)
+    prompts = prompt_ids(path)
+    expected = greedy_of_transformers(their_model(path), prompts)
+    gc.collect()
+    model = load(path)
+    for (ids, logits), (their_ids, their_logits) in zip(greedy_together(model, prompts), expected):
+        assert ids == their_ids
+        error = (logits - their_logits).abs().max() / their_logits.abs().max()
+        assert error <= 1e-3, f"off by {error:.2e} of the largest logit"

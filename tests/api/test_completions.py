@@ -1,0 +1,194 @@
+"""POST /v1/completions: prompts of every form, echo, log-probabilities."""
+
+import pytest
+
+from crane.runtime.types import Output, TokenLogprob, Usage
+from tests.api.harness import speak
+
+PATH = "/v1/completions"
+
+
+@pytest.fixture
+def say(model):
+    """say(text) -> a script in which every choice of every request says `text` and ends by length."""
+
+    def make(text, logprobs=None):
+        def script(request):
+            n = request.sampling.n
+            parts = [
+                speak(model.tokenizer, text, request, index=i, finish="length", logprobs=logprobs) for i in range(n)
+            ]
+            return [list(step) for step in zip(*parts)]
+
+        return script
+
+    return make
+
+
+def scored(model, text="", k=1):
+    """A script that scores the prompt (-1.0 for each token but the first) and then says `text` (-2.0 each)."""
+
+    def entry(logprob, token_id):
+        return TokenLogprob(logprob, [7] * min(k, 1), [-0.25] * min(k, 1))
+
+    def script(request):
+        ids = model.tokenizer.encode(text, add_special_tokens=False)
+        prompt = [None] + [entry(-1.0, token_id) for token_id in request.prompt_ids[1:]]
+        usage = Usage(len(request.prompt_ids), len(ids))
+        outputs = []
+        for i in range(request.sampling.n):
+            lps = [entry(-2.0, token_id) for token_id in ids]
+            outputs.append(
+                Output(request.rid, i, ids, "length", logprobs=lps, prompt_logprobs=None if i else prompt, usage=usage)
+            )
+        return [outputs[::-1]]  # choice 0, which carries the prompt's, comes last
+
+    return script
+
+
+def test_reply_has_openais_shape(client, say):
+    here = client(say(" blue."))
+    body = here.post(PATH, {"prompt": "The sky is", "max_tokens": 8}).json()
+    assert body.pop("id").startswith("cmpl-") and isinstance(body.pop("created"), int)
+    usage = body.pop("usage")
+    assert body == {
+        "object": "text_completion",
+        "model": "org/tiny",
+        "choices": [{"index": 0, "text": " blue.", "logprobs": None, "finish_reason": "length"}],
+    }
+    assert usage["prompt_tokens"] == len(here.link.opened[0].prompt_ids)
+
+
+def test_stream_has_text_chunks_and_no_role_chunk(client, say):
+    chunks = client(say("one two")).post(PATH, {"prompt": "x", "stream": True}).data()
+    assert chunks[-1] == "[DONE]"
+    assert all(chunk["object"] == "text_completion" for chunk in chunks[:-1])
+    assert all(set(chunk["choices"][0]) == {"index", "text", "logprobs", "finish_reason"} for chunk in chunks[:-1])
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == "one two"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[-3:-1]] == [None, "length"]
+
+
+@pytest.mark.parametrize("prompt, count", [("ab", 1), (["ab", "cd"], 2), ([1, 2, 3], 1), ([[1, 2], [3]], 2)])
+def test_every_form_of_prompt_gives_one_choice_each(client, say, prompt, count):
+    here = client(say("z"))
+    body = here.post(PATH, {"prompt": prompt}).json()
+    assert [choice["index"] for choice in body["choices"]] == list(range(count))
+    assert body["usage"]["prompt_tokens"] == sum(len(request.prompt_ids) for request in here.link.opened)
+    if prompt == [1, 2, 3]:
+        assert here.link.opened[0].prompt_ids == [1, 2, 3]
+
+
+def test_choices_are_numbered_prompt_major(client, model):
+    def script(request):
+        number = len(request.prompt_ids)
+        return [[Output(request.rid, i, [40 + number], "length") for i in (1, 0)]]
+
+    here = client(script)
+    body = here.post(PATH, {"prompt": [[1], [1, 2]], "n": 2}).json()
+    texts = [model.tokenizer.decode([41])] * 2 + [model.tokenizer.decode([42])] * 2
+    assert [choice["text"] for choice in body["choices"]] == texts
+    assert body["usage"]["prompt_tokens"] == 3  # each prompt once, whatever n
+    assert body["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_puts_the_prompt_in_front(client, say, stream):
+    response = client(say(" blue")).post(PATH, {"prompt": "The sky is", "echo": True, "stream": stream})
+    if stream:
+        text = "".join(chunk["choices"][0]["text"] for chunk in response.data()[:-1])
+    else:
+        text = response.json()["choices"][0]["text"]
+    assert text == "The sky is blue"
+
+
+def test_echo_of_token_ids_is_their_text(client, say, model):
+    ids = model.tokenizer.encode("The sky")
+    assert client(say("!")).post(PATH, {"prompt": ids, "echo": True}).json()["choices"][0]["text"] == "The sky!"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_logprobs_covers_prompt_and_output(client, model, stream):
+    here = client(scored(model, " blue", k=1))
+    response = here.post(PATH, {"prompt": "The sky", "echo": True, "logprobs": 1, "n": 2, "stream": stream})
+    sampling = here.link.opened[0].sampling
+    assert sampling.prompt_logprobs and sampling.logprobs == 1
+    if stream:
+        merged = {}
+        for chunk in response.data()[:-1]:
+            (choice,) = chunk["choices"]
+            entry = merged.setdefault(choice["index"], {"text": "", "logprobs": {}})
+            entry["text"] += choice["text"]
+            for name, values in choice["logprobs"].items():
+                entry["logprobs"].setdefault(name, []).extend(values)
+        choices = [merged[0], merged[1]]
+    else:
+        choices = response.json()["choices"]
+    ids = here.link.opened[0].prompt_ids + model.tokenizer.encode(" blue", add_special_tokens=False)
+    num_prompt = len(here.link.opened[0].prompt_ids)
+    for choice in choices:
+        assert choice["text"] == "The sky blue"
+        logprobs = choice["logprobs"]
+        assert "".join(logprobs["tokens"]) == "The sky blue"
+        assert logprobs["token_logprobs"] == [None] + [-1.0] * (num_prompt - 1) + [-2.0] * (len(ids) - num_prompt)
+        assert logprobs["top_logprobs"][0] is None
+        assert all(len(top) == 2 or top.keys() == {model.tokenizer.decode([7])} for top in logprobs["top_logprobs"][1:])
+        starts = [len("".join(logprobs["tokens"][:i])) for i in range(len(ids))]
+        assert logprobs["text_offset"] == starts
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_max_tokens_zero_with_echo_scores_the_prompt(client, model, logprobs):
+    here = client(scored(model))
+    body = {"prompt": "The sky", "echo": True, "max_tokens": 0, "logprobs": logprobs}
+    answer = here.post(PATH, body).json()
+    sampling = here.link.opened[0].sampling
+    assert sampling.max_tokens == 0 and sampling.prompt_logprobs and sampling.logprobs is not None
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("The sky", "length")
+    assert answer["usage"]["completion_tokens"] == 0
+    if logprobs is None:
+        assert choice["logprobs"] is None
+    else:
+        assert len(choice["logprobs"]["tokens"]) == len(here.link.opened[0].prompt_ids)
+
+
+def test_pieces_of_a_character_are_spelled_as_bytes(client, model):
+    here = client(lambda r: speak(model.tokenizer, "🙂", r, logprobs=lambda i: TokenLogprob(-1.0)))
+    choice = here.post(PATH, {"prompt": "x", "logprobs": 0}).json()["choices"][0]
+    assert choice["text"] == "🙂"
+    tokens = choice["logprobs"]["tokens"]
+    assert len(tokens) > 1 and tokens[0].startswith("bytes:\\xf0")
+    assert set(choice["logprobs"]["text_offset"][1:]) <= {0, 1}
+
+
+def test_prompt_that_fits_exactly_is_scored_but_not_continued(client, model):
+    here = client(scored(model))
+    ids = [1] * 256
+    assert here.post(PATH, {"prompt": ids, "echo": True, "max_tokens": 0, "logprobs": 0}).status == 200
+    refused = here.post(PATH, {"prompt": ids, "max_tokens": 1})
+    assert refused.status == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_one_finished_prompt_is_aborted_while_others_go_on(client, model):
+    def script(request):
+        text = "a END b c d e f g" if request.rid.endswith("-1") else "a b c d e f g h i j k"
+        return speak(model.tokenizer, text, request, finish="length")
+
+    here = client(script)
+    body = here.post(PATH, {"prompt": ["x", "x"], "stop": "END"}).json()
+    assert [choice["text"] for choice in body["choices"]] == ["a b c d e f g h i j k", "a "]
+    assert here.link.aborted == [here.link.opened[1].rid]
+
+
+def test_choice_that_stops_leaves_its_siblings_running(client, model):
+    def script(request):
+        parts = [speak(model.tokenizer, text, request, index=i, finish="length")
+                 for i, text in enumerate(("a END b c d e", "a b c d e f"))]  # fmt: skip
+        return [list(step) for step in zip(*parts, strict=False)] + [parts[1][-1]]
+
+    here = client(script)
+    body = here.post(PATH, {"prompt": "x", "n": 2, "stop": "END", "stream": True}).data()
+    texts = {0: "", 1: ""}
+    for chunk in body[:-1]:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts[0] == "a " and texts[1].startswith("a b c") and here.link.aborted == []
