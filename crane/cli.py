@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from crane import __version__
 from crane.errors import CraneError, SettingsError
 from crane.runtime import launch
-from crane.runtime.settings import Settings, parse, variable
+from crane.runtime.settings import Settings, parse
 
 # The seed's flags come first in --help; the others by the process they shape.
 _COMMON = (
-    "model_path", "model_type", "model_name", "host", "port", "cpu", "max_concurrent", "decode_tokens_per_seq",
-    "format",
+    "model_path", "model_type", "model_name", "host", "port", "cpu", "max_concurrent",
+    "decode_tokens_per_seq", "format",
 )
 WORKER_TIMEOUT_S = 120
 KEEPALIVE_S = 5
@@ -89,7 +89,7 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         settings = settings_from(options)
         if not settings.model_path:
-            raise SettingsError(f"no model: give --model-path (or {variable('model_path')}) a folder or .gguf file")
+            raise SettingsError("no model: give --model-path (or CRANE_MODEL_PATH) a folder or .gguf file")
         if not os.path.exists(settings.model_path):
             raise SettingsError(f"there is no model at {settings.model_path}")
         run_server(settings)
@@ -154,7 +154,8 @@ def _gunicorn_options(settings: Settings, listener_fd: int) -> dict:
 def _listen(host: str, port: int) -> socket.socket:
     """The socket to serve on. Raises SettingsError: a bad or taken address, in one line."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno)

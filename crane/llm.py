@@ -93,7 +93,7 @@ class LLM:
         waiting = [Generate(rid, prompts[place], sampling) for rid, place in places.items()]
         choices = {(rid, index): _Choice(self.tokenizer, sampling) for rid in places for index in range(sampling.n)}
         try:
-            while choices:
+            while waiting or choices:
                 waiting = self._submit(waiting)
                 for output in self.engine.step():
                     choice = choices.get((output.rid, output.index))

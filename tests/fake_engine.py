@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from crane.errors import ModelError
-from crane.runtime.server import main
+from crane.runtime import server
 from crane.runtime.types import (
     Accepted, EngineInfo, EngineStats, Generate, Output, Rejected, Usage,
 )
@@ -40,9 +40,9 @@ class FakeEngine:
         self.requests: dict[str, Generate] = {}
         self.num_added = 0
         self.info = EngineInfo(
-            pid=os.getpid(), model_path=settings.model_path, model_type="llama", dtype="float32", device="cpu",
-            max_model_len=1 << 20, vocab_size=1000, num_pages=1, page_size=16, max_concurrent=32,
-            decode_tokens_per_seq=16,
+            pid=os.getpid(), model_path=settings.model_path, model_type="llama", dtype="float32",
+            device="cpu", max_model_len=1 << 20, vocab_size=1000, num_pages=1, page_size=16,
+            max_concurrent=32, decode_tokens_per_seq=16,
         )
 
     def _said(self, name: str) -> str:
@@ -64,7 +64,7 @@ class FakeEngine:
         self.num_added += 1
         return Accepted(request.rid)
 
-    def abort(self, rid: str | None) -> list[Output]:
+    def abort(self, rid: str | None, index: int | None = None) -> list[Output]:
         return self._end([rid] if rid else list(self.running), "abort")
 
     def fail_all(self, message: str) -> list[Output]:
@@ -106,5 +106,6 @@ class FakeEngine:
 
 
 if __name__ == "__main__":
-    main(engine_factory=FakeEngine)
+    server.STALL_S = 0.5
+    server.main(engine_factory=FakeEngine)
     sys.exit(1)

@@ -67,7 +67,7 @@ class Server:
         return EventStream(self.url, path, body)
 
     def wait_ready(self, timeout_s: float = START_S) -> None:
-        """Until /health says so. Raises AssertionError with the log when the server ends or takes too long."""
+        """Until /health says so. AssertionError with the log when the server ends or takes too long."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             assert self.process.poll() is None, f"the server ended:\n{self.log()}"
@@ -116,7 +116,8 @@ class EventStream(threading.Thread):
 
     def wait(self, condition, timeout_s: float = 20.0) -> "EventStream":
         """Until condition(self). Raises AssertionError."""
-        wait_for(lambda: condition(self), timeout_s, lambda: f"status {self.status}, {self.events[-2:]}, {self.ended}")
+        say = lambda: f"status {self.status}, {self.events[-2:]}, {self.ended}"  # noqa: E731
+        wait_for(lambda: condition(self), timeout_s, say)
         return self
 
     def flowing(self, count: int = 3) -> "EventStream":
@@ -180,7 +181,7 @@ def start_server(model_path, *args: str, how: str = "gunicorn", env: dict | None
             _end(process)
 
 
-def run_server(model_path, *args: str, how: str = "gunicorn", env: dict | None = None) -> tuple[int, str, float]:
+def run_server(model_path, *args: str, how="gunicorn", env: dict | None = None) -> tuple[int, str, float]:
     """For a server that cannot start: (exit status, what it printed, seconds it took)."""
     started = time.monotonic()
     with start_server(model_path, *args, how=how, env=env, wait=False) as server:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import re
 import socket
 import subprocess
@@ -32,20 +31,20 @@ def test_every_setting_has_a_flag_and_help_shows_it(capsys):
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     for spec in dataclasses.fields(Settings):
         assert f"--{spec.name.replace('_', '-')}" in text
-        assert re.sub(r"\s+", " ", spec.metadata["help"]) in text.replace("- ", "-") or spec.metadata["help"] in text
+        assert spec.metadata["help"] in text
     assert text.index("model and server:") < text.index("engine:") < text.index("API workers:")
 
 
 def test_the_seeds_flags_have_the_seeds_defaults():
     settings = parsed("--model-path", "m")
-    assert (settings.model_type, settings.model_name, settings.host, settings.port) == ("auto", "", "0.0.0.0", 8080)
+    assert (settings.model_type, settings.model_name, settings.format) == ("auto", "", "auto")
+    assert (settings.host, settings.port) == ("0.0.0.0", 8080)
     assert (settings.cpu, settings.max_concurrent, settings.decode_tokens_per_seq) == (False, 32, 16)
-    assert settings.format == "auto"
 
 
 def test_flags_become_settings():
-    settings = parsed("--model-path", "m", "--cpu", "--port", "9000", "--kv-memory", "2g", "--linger-s", "0.5",
-                      "--no-worker-swap", "--model-type", "qwen3")
+    settings = parsed("--model-path", "m", "--cpu", "--port", "9000", "--kv-memory", "2g",
+                      "--linger-s", "0.5", "--no-worker-swap", "--model-type", "qwen3")
     assert settings == Settings(model_path="m", cpu=True, port=9000, kv_memory=2 << 30, linger_s=0.5,
                                 worker_swap=False, model_type="qwen3")
 
@@ -62,7 +61,7 @@ def test_flags_win_over_variables_even_when_they_repeat_the_default(monkeypatch)
     [
         (["--port", "http"], "--port must be a whole number, got 'http'"),
         (["--port", "65536"], "CRANE_PORT must be at most 65535, got 65536"),
-        (["--model-type", "gpt"], "CRANE_MODEL_TYPE must be one of auto, hunyuan, qwen25, qwen3, llama, got 'gpt'"),
+        (["--format", "onnx"], "CRANE_FORMAT must be one of auto, safetensors, gguf, got 'onnx'"),
         (["--kv-memory", "much"], "--kv-memory must be a size such as 500m or 2g, got 'much'"),
     ],
 )
@@ -80,8 +79,11 @@ def test_bad_flags_are_named(argv, message):
         (["--model-path", ".", "--page-size", "24"], "crane: CRANE_PAGE_SIZE must be a power of two, got 24"),
     ],
 )
-@pytest.mark.parametrize("command", [lambda a: main(["serve", *a]), main_oai, lambda a: main_oai(["serve", *a])],
-                         ids=["crane serve", "crane-oai", "crane-oai serve"])
+@pytest.mark.parametrize(
+    "command",
+    [lambda argv: main(["serve", *argv]), main_oai, lambda argv: main_oai(["serve", *argv])],
+    ids=["crane serve", "crane-oai", "crane-oai serve"],
+)
 def test_what_cannot_be_served_is_one_line_and_status_1(command, argv, message, capsys):
     assert command(argv) == 1
     assert capsys.readouterr().err == message + "\n"
@@ -91,7 +93,8 @@ def test_a_taken_port_is_one_line_and_status_1(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", "--model-path", str(ROOT), "--host", "127.0.0.1", "--port", str(port)]) == 1
-    assert capsys.readouterr().err == f"crane: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+    line = f"crane: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_host_that_does_not_exist_is_one_line_and_status_1(capsys):
@@ -112,8 +115,8 @@ def test_the_version_is_shown_by_every_door(capsys):
             door(["--version"])
         assert end.value.code == 0
         assert capsys.readouterr().out.split()[-1] == __version__
-    run = subprocess.run([sys.executable, "-m", "crane", "--version"], capture_output=True, text=True, cwd=ROOT,
-                         env={**os.environ, "PYTHONPATH": str(ROOT)})
+    command = [sys.executable, "-m", "crane", "--version"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert run.stdout == f"crane {__version__}\n"
 
 

@@ -78,6 +78,10 @@ def hang_up(server, streams) -> None:
     wait_for(lambda: idle(server))
 
 
+def ask(server, prompt: str) -> tuple[int, dict]:
+    return server.post("/v1/completions", {**SHORT, "prompt": prompt})
+
+
 def is_error(event: str) -> bool:
     return "error" in json.loads(event)
 
@@ -177,9 +181,9 @@ def test_an_app_made_with_its_own_settings_needs_no_variable(tiny):
 
 def test_many_clients_at_once_get_their_own_answers(pair):
     prompts = [f"{i} is" for i in range(32)]
-    alone = [pair.post("/v1/completions", {**SHORT, "prompt": prompt})[1]["choices"][0]["text"] for prompt in prompts]
+    alone = [ask(pair, prompt)[1]["choices"][0]["text"] for prompt in prompts]
     with ThreadPoolExecutor(32) as pool:
-        together = list(pool.map(lambda p: pair.post("/v1/completions", {**SHORT, "prompt": p}), prompts))
+        together = list(pool.map(lambda prompt: ask(pair, prompt), prompts))
     assert [status for status, _ in together] == [200] * 32
     assert [body["choices"][0]["text"] for _, body in together] == alone
 
@@ -232,19 +236,21 @@ def _written(path: Path, data: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("way", ["crane", "gunicorn", "gunicorn -w 2", "gunicorn gthread"])
-@pytest.mark.parametrize("kind", BAD_MODELS)
+@pytest.mark.parametrize(
+    "kind, way",
+    [(kind, way) for kind in BAD_MODELS for way in ("crane", "gunicorn -w 2")]
+    + [("not a model", "gunicorn"), ("not a model", "gunicorn gthread")],
+)
 def test_a_model_that_cannot_be_read_gives_one_line_and_an_exit_status(tmp_path, kind, way):
-    if kind != "not a model" and way not in ("crane", "gunicorn -w 2"):
-        pytest.skip("covered by one kind per way and one way per kind")
     check_refusal(BAD_MODELS[kind](tmp_path), way)
 
 
 def test_weights_that_only_the_engine_finds_broken_give_one_line_too(tiny, tmp_path):
     folder = tmp_path / "cut"
     shutil.copytree(tiny, folder)
-    index = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**index, "intermediate_size": index["intermediate_size"] + 32}))
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] += 32
+    (folder / "config.json").write_text(json.dumps(config))
     check_refusal(folder, "gunicorn -w 2")
     check_refusal(folder, "crane")
 

@@ -17,8 +17,9 @@ import numpy as np
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 NUM_TEXT_TOKENS = 320
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{{ message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 _CORPUS = (
     "The quick brown fox jumps over the lazy dog. Why is the sky blue? Because light is scattered by air.",
@@ -103,9 +104,8 @@ def tiny_tokenizer():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=NUM_TEXT_TOKENS, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=NUM_TEXT_TOKENS, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_CORPUS, trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
@@ -279,8 +279,8 @@ def _write_gguf(path: Path, arch: str, spec: Variant, tensors: dict[str, np.ndar
     _add_rope(writer, arch, spec)
     _add_vocabulary(writer, spec)
     for name, values in tensors.items():
-        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
-            values = _interleave(values, spec.heads if "q_proj" in name else spec.kv_heads)
+        if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
+            values = _interleave(values, spec.heads if ".q_proj." in name else spec.kv_heads)
         stem, _, kind = name.rpartition(".")
         if stem.startswith("model.layers."):
             layer, _, rest = stem.removeprefix("model.layers.").partition(".")
@@ -342,7 +342,8 @@ def _add_vocabulary(writer, spec: Variant) -> None:
     tokenizer = tiny_tokenizer()
     known = tokenizer.get_vocab_size()
     tokens = [tokenizer.id_to_token(index) for index in range(known)]
-    types = [gguf.TokenType.CONTROL if token in SPECIAL_TOKENS else gguf.TokenType.NORMAL for token in tokens]
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    types = [control if token in SPECIAL_TOKENS else normal for token in tokens]
     # the tail that pads the vocabulary up to the width of the weights
     tokens += [f"[PAD{index}]" for index in range(known, spec.vocab)]
     types += [gguf.TokenType.UNUSED] * (spec.vocab - known)

@@ -35,7 +35,10 @@ log = logging.getLogger("crane.api")
 
 @dataclass
 class Site:
-    """What one worker process serves. model_error: why it can serve nothing, ever; then there is no model, no link."""
+    """What one worker process serves.
+
+    model_error: why it can serve nothing, ever; then there is no model and no link.
+    """
 
     settings: Settings
     model: ServedModel | None = None
@@ -75,7 +78,7 @@ class App:
             return self._call_asgi(first, second, third)
         if not first.get("wsgi.multithread") and not self._warned:
             self._warned = True
-            log.warning("this worker answers one request at a time: use -k asgi, or -k gthread with --threads")
+            log.warning("one request at a time: this worker needs -k asgi, or -k gthread with --threads")
         self.start_blocking()
         return self._wsgi(first, second)
 

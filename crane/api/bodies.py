@@ -22,6 +22,16 @@ def _later(*neutral):
     return Annotated[Any, Meta(extra={"neutral": neutral})]
 
 
+Absent = _later()
+Off = _later(False)
+EmptyList = _later([])
+NoneOrAuto = _later("none", "auto")
+StandardTier = _later("auto", "default")
+EmptyText = _later("")
+PlainText = _later({"type": "text"})
+TextOnly = _later(["text"])
+Medium = _later("medium")
+
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1000)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
@@ -36,7 +46,7 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: _later(False) = None
+    include_obfuscation: Off = None
 
 
 class GenerateBody(Body):
@@ -66,8 +76,8 @@ class GenerateBody(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    service_tier: _later("auto", "default") = None
-    store: _later(False) = None
+    service_tier: StandardTier = None
+    store: Off = None
 
 
 class Function(Body):
@@ -97,10 +107,10 @@ class Message(Body):
     reasoning_content: str | None = None
     reasoning: str | None = None
     # present in answers that clients send back as they got them
-    refusal: _later("") = None
-    annotations: _later([]) = None
-    audio: _later() = None
-    function_call: _later() = None
+    refusal: EmptyText = None
+    annotations: EmptyList = None
+    audio: Absent = None
+    function_call: Absent = None
 
 
 class ChatBody(GenerateBody, kw_only=True):
@@ -115,19 +125,19 @@ class ChatBody(GenerateBody, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     parallel_tool_calls: bool | None = None  # without tools there is nothing to run in parallel
-    tools: _later([]) = None
-    tool_choice: _later("none", "auto") = None
-    functions: _later([]) = None
-    function_call: _later("none", "auto") = None
-    response_format: _later({"type": "text"}) = None
-    reasoning_effort: _later() = None
-    verbosity: _later("medium") = None
-    modalities: _later(["text"]) = None
-    audio: _later() = None
-    prediction: _later() = None
-    moderation: _later() = None
-    web_search_options: _later() = None
-    prompt_cache_options: _later() = None
+    tools: EmptyList = None
+    tool_choice: NoneOrAuto = None
+    functions: EmptyList = None
+    function_call: NoneOrAuto = None
+    response_format: PlainText = None
+    reasoning_effort: Absent = None
+    verbosity: Medium = None
+    modalities: TextOnly = None
+    audio: Absent = None
+    prediction: Absent = None
+    moderation: Absent = None
+    web_search_options: Absent = None
+    prompt_cache_options: Absent = None
 
 
 class CompletionBody(GenerateBody, kw_only=True):
@@ -138,7 +148,7 @@ class CompletionBody(GenerateBody, kw_only=True):
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
-    suffix: _later() = None
+    suffix: Absent = None
 
 
 class TokenizeBody(Body):
@@ -153,7 +163,7 @@ class TokenizeBody(Body):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
-    tools: _later([]) = None
+    tools: EmptyList = None
 
 
 class DetokenizeBody(Body):
@@ -242,7 +252,7 @@ def _invalid(message: str, raw: bytes) -> RequestError:
 
 
 def _got(raw: bytes, path: str) -> str:
-    """", got X" for the value at `path`, or nothing when the path has no address."""
+    """What came at `path`, as the end of a message; nothing when the path has no address."""
     try:
         value = msgspec.json.decode(raw)
         for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):

@@ -5,7 +5,7 @@ import msgspec
 from crane.api.bodies import CompletionBody, decode, invalid
 from crane.api.endpoint import Context, Endpoint, Request
 from crane.api.generation import BaseGeneration, Choice, Prompt
-from crane.api.logprobs import LegacyLogprobs, num_characters
+from crane.api.logprobs import LegacyLogprobs
 from crane.api.sampling import check_choices, fit, sampling_params
 from crane.api.sse import json_text
 from crane.runtime.text import Delta
@@ -24,7 +24,8 @@ class CompletionGeneration(BaseGeneration):
         super().__init__(context, body, prompts)
         self._echo = bool(body.echo)
         self._logprobs = body.logprobs is not None
-        self._legacy = [LegacyLogprobs(self.tokenizer) for _ in self.choices]
+        skipped = self.tokenizer.special_ids if body.skip_special_tokens is not False else frozenset()
+        self._legacy = [LegacyLogprobs(self.tokenizer, skipped) for _ in self.choices]
         self._held: dict[str, list[tuple[Choice, Output]]] = {}
 
     def _push(self, choice: Choice, output: Output) -> bytes:
@@ -74,10 +75,7 @@ class CompletionGeneration(BaseGeneration):
         legacy = self._legacy[choice.index]
         if choice.started or not self._echo:
             return legacy.shape(token_ids, entries)
-        prompt, special = choice.prompt, self.tokenizer.special_ids
-        raw = b"".join([self.tokenizer.token_bytes(i) for i in prompt.ids if i not in special])
-        shift = max(num_characters(raw) - len(prompt.text), 0)
-        first = legacy.shape(prompt.ids, prompt.logprobs, shift)
+        first = legacy.prompt(choice.prompt.ids, choice.prompt.logprobs, choice.prompt.text)
         rest = legacy.shape(token_ids, entries)
         return {name: first[name] + rest[name] for name in first}
 
@@ -123,7 +121,8 @@ def _prompts(body: CompletionBody, context: Context) -> list[tuple[str, list[int
     lists = [given] if kinds == {int} else given
     for i, ids in enumerate(lists):
         model.check_ids(ids, "prompt" if kinds == {int} else f"prompt[{i}]")
-    return [(model.tokenizer.decode(ids) if body.echo else "", ids) for ids in lists]
+    decode = model.tokenizer.decode
+    return [(decode(ids, skip_special_tokens=False) if body.echo else "", ids) for ids in lists]
 
 
 ENDPOINTS = (Endpoint("POST", "/v1/completions", completions),)

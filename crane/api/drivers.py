@@ -168,8 +168,8 @@ def advance(link, generation: Generation, outputs: list[Output]) -> bytes:
         log.exception("a stream broke")
         generation.failed = EngineError("internal", "internal error")
         return error_frame(error)
-    for rid in generation.take_aborts():
-        link.abort(rid)
+    for rid, index in generation.take_aborts():
+        link.abort(rid, index)
     if generation.stream and generation.finished:
         chunk += generation.finish()
     return chunk

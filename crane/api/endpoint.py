@@ -66,8 +66,8 @@ class Generation(Protocol):
     def feed(self, outputs: list[Output]) -> bytes:
         """The frames that `outputs` complete (b"" when none, or when not streaming)."""
 
-    def take_aborts(self) -> list[str]:
-        """Requests that need no more tokens although the engine still makes them."""
+    def take_aborts(self) -> list[tuple[str, int]]:
+        """Choices, as (rid, index), that need no more tokens although the engine still makes them."""
 
     def finish(self) -> bytes:
         """The frames that end the stream."""

@@ -33,15 +33,14 @@ class Prompt:
     rid: str = ""
     logprobs: list[TokenLogprob | None] | None = None
     cached_tokens: int = 0
-    num_open: int = 0  # choices whose answer is not complete
-    num_running: int = 0  # choices that the engine still works on
 
 
 @dataclass
 class Choice:
-    """One answer in the making. started: a frame of it was sent."""
+    """One answer in the making. number: among those of its prompt. started: a frame of it was sent."""
 
     index: int
+    number: int
     prompt: Prompt
     text: TextStream
     finish_reason: str | None = None
@@ -68,17 +67,16 @@ class BaseGeneration:
         options = body.stream_options
         self._include_usage = bool(options and options.include_usage)
         self._continuous_usage = bool(options and options.continuous_usage_stats)
-        self._aborts: list[str] = []
+        self._aborts: list[tuple[str, int]] = []
         self.requests: list[Generate] = []
         self.choices: list[Choice] = []
         self._by_output: dict[tuple[str, int], Choice] = {}
         for i, prompt in enumerate(prompts):
             rid = prompt.rid = self.id if len(prompts) == 1 else f"{self.id}-{i}"
             self.requests.append(Generate(rid, prompt.ids, prompt.sampling))
-            prompt.num_open = prompt.num_running = prompt.sampling.n
             for j in range(prompt.sampling.n):
                 text = TextStream(self.tokenizer, prompt.sampling, prompt.ids)
-                choice = Choice(len(self.choices), prompt, text)
+                choice = Choice(len(self.choices), j, prompt, text)
                 self.choices.append(choice)
                 self._by_output[rid, j] = choice
         self._num_open = len(self.choices)
@@ -103,9 +101,7 @@ class BaseGeneration:
                 continue
             if output.usage is not None:
                 choice.prompt.cached_tokens = max(choice.prompt.cached_tokens, output.usage.cached_tokens)
-            if output.finish_reason is not None and not choice.engine_done:
-                choice.engine_done = True
-                choice.prompt.num_running -= 1
+            choice.engine_done |= output.finish_reason is not None
             if choice.finish_reason is not None:
                 continue  # its stop string came up; what the engine adds is not part of the answer
             if output.finish_reason == "error":
@@ -114,7 +110,7 @@ class BaseGeneration:
                 frames.append(self._push(choice, output))
         return b"".join(frames)
 
-    def take_aborts(self) -> list[str]:
+    def take_aborts(self) -> list[tuple[str, int]]:
         aborts, self._aborts = self._aborts, []
         return aborts
 
@@ -163,11 +159,9 @@ class BaseGeneration:
         return b""
 
     def _close(self, choice: Choice) -> None:
-        prompt = choice.prompt
         self._num_open -= 1
-        prompt.num_open -= 1
-        if prompt.num_open == 0 and prompt.num_running > 0:
-            self._aborts.append(prompt.rid)
+        if not choice.engine_done:  # a stop string, of which the engine knows nothing
+            self._aborts.append((choice.prompt.rid, choice.number))
 
     def _fail(self, message: str) -> bytes:
         lost = message.startswith("engine_lost")

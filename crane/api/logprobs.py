@@ -27,29 +27,37 @@ class LegacyLogprobs:
     """`choices[].logprobs` of a text completion, over one choice from its first token on.
 
     Offsets count characters of the choice's text. They are counted on bytes, so a
-    character split over several tokens has one offset.
+    character split over several tokens has one offset. silent: ids without text.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, silent: frozenset[int]):
         self._tokenizer = tokenizer
-        self._special = tokenizer.special_ids
+        self._silent = silent
         self._offset = 0
 
-    def shape(self, token_ids: list[int], entries: list[TokenLogprob | None], shift: int = 0) -> dict:
-        """The next tokens. An entry of None (the first prompt token) has no log-probability.
+    def prompt(self, token_ids: list[int], entries: list[TokenLogprob | None], text: str) -> dict:
+        """The tokens of an echoed prompt, `text`, in which special tokens are spelled out.
 
-        shift: characters that the text lacks against the tokens' bytes, such as the
-        space that SentencePiece puts in front.
+        The entry of its first token is None. What the tokens have before the text begins,
+        such as BOS or the space that SentencePiece puts there, has no characters.
         """
+        silent, self._silent = self._silent, frozenset()
+        num_all = sum(num_characters(self._tokenizer.token_bytes(token_id)) for token_id in token_ids)
+        self._offset = min(len(text) - num_all, 0)
+        shaped = self.shape(token_ids, entries)
+        self._silent = silent
+        return shaped
+
+    def shape(self, token_ids: list[int], entries: list[TokenLogprob | None]) -> dict:
+        """The next tokens."""
         tokens, offsets, logprobs, tops = [], [], [], []
         for token_id, entry in zip(token_ids, entries, strict=True):
             tokens.append(legacy_token(self._tokenizer, token_id))
-            offsets.append(max(self._offset - shift, 0))
-            if token_id not in self._special:
+            offsets.append(max(self._offset, 0))
+            if token_id not in self._silent:
                 self._offset += num_characters(self._tokenizer.token_bytes(token_id))
             logprobs.append(None if entry is None else max(entry.logprob, _LOWEST))
             tops.append(None if entry is None else self._top(token_id, entry))
-        self._offset = max(self._offset - shift, 0)
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
     def _top(self, token_id: int, entry: TokenLogprob) -> dict[str, float]:

@@ -45,7 +45,7 @@ class CraneWorker(ASGIWorker):
         super().run()
 
     def _take_over(self) -> None:
-        """Become an asgi worker after the start as another class: `install` has changed the class meanwhile."""
+        """Become an asgi worker although started as another class, which `install` has changed meanwhile."""
         fresh = type(self)(self.age, self.ppid, self.sockets, self.app, self.timeout, self.cfg, self.log)
         fresh.tmp.close()
         for name, value in vars(fresh).items():
@@ -105,7 +105,7 @@ def _halting(app):
 
 
 def install() -> None:
-    """Put crane's worker classes in place where the import of `crane.api` comes from gunicorn. Else do nothing."""
+    """Put crane's worker classes in place when gunicorn is importing `crane.api`; else do nothing."""
     owner = next(_importers(), None)
     if owner is None:
         return
@@ -117,7 +117,8 @@ def install() -> None:
     log_to_stderr(settings)
     major = gunicorn.version_info[0]
     if major != GUNICORN_MAJOR:
-        log.warning("crane knows gunicorn %d, this is %d: name the worker class (-k asgi)", GUNICORN_MAJOR, major)
+        text = "crane knows gunicorn %d, this is %d: name the worker class (-k asgi)"
+        log.warning(text, GUNICORN_MAJOR, major)
     elif isinstance(owner, Arbiter):
         _install_in_arbiter(owner, settings.worker_swap)
     else:
@@ -125,7 +126,7 @@ def install() -> None:
 
 
 def _importers() -> Iterator[Arbiter | Worker]:
-    """The gunicorn objects that are importing us, innermost first: a worker in its start, or a preloading master."""
+    """The gunicorn objects that import us, innermost first: a starting worker or a preloading master."""
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self") if frame.f_code.co_name in ("init_process", "setup") else None

@@ -33,13 +33,14 @@ _TOKEN_MULTIPLE = 32
 class DecodeGroup:
     """Rows of one new token, padded to the same number of tokens.
 
-    tokens: int64 [num_rows], the rows' places in per-token tensors.
+    tokens: int64 [num_rows], the rows' places in per-token tensors; None when the group is
+        the whole step, in order.
     index: int64 [num_rows, num_tokens], `slot_index` of every token; padding points to the
         row's own first token, never to memory that may hold anything.
     mask: [num_rows, 1, 1, num_tokens] of kv's dtype, 0, or -inf for padding.
     """
 
-    tokens: Tensor
+    tokens: Tensor | None
     index: Tensor
     mask: Tensor
 
@@ -96,22 +97,24 @@ def paged_attention(
     kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]. All of one dtype.
     Returns [num_tokens, num_heads * head_dim].
     """
+    if plan.decode and plan.decode[0].tokens is None:
+        return _decode(q, kv, layer, plan.decode[0], scale).flatten(1)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in plan.decode:
-        _decode(q, kv, layer, group, scale, out)
+        attended = _decode(q.index_select(0, group.tokens), kv, layer, group, scale)
+        out.index_copy_(0, group.tokens, attended)
     for row in plan.prefill:
         _prefill(q, k, v, kv, layer, row, scale, out)
     return out.flatten(1)
 
 
-def _decode(q: Tensor, kv: Tensor, layer: int, group: DecodeGroup, scale: float, out: Tensor) -> None:
+def _decode(q: Tensor, kv: Tensor, layer: int, group: DecodeGroup, scale: float) -> Tensor:
     keys, values = gather_kv(kv, layer, group.index)
-    queries = q.index_select(0, group.tokens).unflatten(1, (kv.shape[4], -1))
     # [num_rows, num_kv_heads, num_heads / num_kv_heads, head_dim]
-    attended = F.scaled_dot_product_attention(
+    queries = q.unflatten(1, (kv.shape[4], -1))
+    return F.scaled_dot_product_attention(
         queries, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=group.mask, scale=scale
-    )
-    out.index_copy_(0, group.tokens, attended.flatten(1, 2))
+    ).flatten(1, 2)
 
 
 def _prefill(
@@ -145,7 +148,7 @@ def _group_by_length(rows: list[int], context_lens: list[int], width: int) -> li
             groups.append([])
             padding, longest = 0, context_lens[row]
         groups[-1].append(row)
-    return groups
+    return [sorted(group) for group in groups]
 
 
 def _plan_decode(
@@ -157,9 +160,12 @@ def _plan_decode(
     place = torch.arange(num_tokens, device=device).unsqueeze(0)
     padded = place >= torch.tensor(lengths, device=device).unsqueeze(1)  # [num_rows, num_tokens]
     mask = torch.zeros(padded.shape, dtype=kv.dtype, device=device).masked_fill_(padded, float("-inf"))
-    pages = page_table[torch.tensor(rows, device=device)]
+    pages, tokens = page_table, None
+    if len(rows) < len(query_starts):
+        pages = page_table[torch.tensor(rows, device=device)]
+        tokens = torch.tensor([query_starts[row] for row in rows], device=device)
     return DecodeGroup(
-        tokens=torch.tensor([query_starts[row] for row in rows], device=device),
+        tokens=tokens,
         index=_token_index(pages, place.masked_fill(padded, 0), kv),
         mask=mask[:, None, None],
     )

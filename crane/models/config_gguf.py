@@ -25,6 +25,10 @@ _CONTROL_TOKEN = 3
 
 
 def read_gguf_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The ModelConfig of a GGUF. Raises ModelError naming file and key.
+
+    Biases and a separate output are known by their tensors: GGUF has no keys for them.
+    """
     path, metadata, tensors = checkpoint.path, checkpoint.metadata, checkpoint.tensors
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in _GGUF_TYPES:
@@ -130,7 +134,7 @@ def _gguf_eos(tokenizer: Fields, vocab_size: int) -> tuple[int, ...]:
         ids |= tokenizer.token_ids(name, vocab_size)
     tokens, kinds = tokenizer.get("tokens", []), tokenizer.get("token_type", [])
     if not isinstance(kinds, list) or len(kinds) not in (0, len(tokens)):
-        raise tokenizer.fail("token_type", f"a list of {len(tokens)} types", f"{len(kinds)} types")
+        raise tokenizer.fail("token_type", f"a list of {len(tokens)} types", kinds)
     for index, kind in enumerate(kinds):
         if kind == _CONTROL_TOKEN and isinstance(tokens[index], str) and tokens[index] in _END_TOKENS:
             ids.add(index)

@@ -33,7 +33,9 @@ class Decoder:
         self.config = config
         self.embedding = Embedding(weights, config, "model.embed_tokens")
         self.rope = Rope(config, weights, self.embedding.weight.device)
-        self.layers = [DecoderLayer(weights, config, layer, self.qk_norm_names) for layer in range(config.num_layers)]
+        self.layers = [
+            DecoderLayer(weights, config, layer, self.qk_norm_names) for layer in range(config.num_layers)
+        ]
         self.norm = RMSNorm(weights, "model.norm", config.hidden_size, config.rms_norm_eps)
         self.head = LMHead(weights, config, self.embedding)
 

@@ -11,7 +11,7 @@ from crane.kernels.activation import silu_mul
 from crane.kernels.attention import paged_attention
 from crane.kernels.norm import rms_norm
 from crane.kernels.pages import write_kv
-from crane.kernels.rope import rope
+from crane.kernels.rope import rope, rope_tables
 from crane.models.config import ModelConfig, RopeConfig
 from crane.models.context import ForwardContext
 from crane.models.weights import Weights
@@ -84,7 +84,7 @@ class RMSNorm:
 
 
 class Rope:
-    """The angles of every position: cos and sin, computed once a step."""
+    """The rotation of every position, computed once a step for all layers."""
 
     def __init__(self, config: ModelConfig, weights: Weights, device: torch.device):
         self.inv_freq, self.scale = rope_frequencies(config.rope, config.head_dim)
@@ -97,11 +97,8 @@ class Rope:
             self.inv_freq = self.inv_freq / exact.tensor("rope_freqs.weight", (config.head_dim // 2,))
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: int64 [num_tokens]. Returns float32 cos and sin, [num_tokens, head_dim / 2]."""
-        angles = positions.unsqueeze(1).float() * self.inv_freq
-        if self.scale == 1.0:
-            return angles.cos(), angles.sin()
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        """positions: int64 [num_tokens]. Returns the `rope_tables` of its tokens."""
+        return rope_tables(positions.unsqueeze(1).float() * self.inv_freq, self.scale)
 
 
 class Attention:
@@ -116,20 +113,21 @@ class Attention:
         self.scale = config.head_dim**-0.5
         widths = [count * config.head_dim for count in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         names = [f"{prefix}.{name}" for name in ("q_proj", "k_proj", "v_proj")]
-        self.qkv = load_linear(weights, names, widths, config.hidden_size, config.qkv_bias)
-        self.output = load_linear(weights, [f"{prefix}.o_proj"], [config.hidden_size], widths[0], config.output_bias)
+        hidden = config.hidden_size
+        self.qkv = load_linear(weights, names, widths, hidden, config.qkv_bias)
+        self.output = load_linear(weights, [f"{prefix}.o_proj"], [hidden], widths[0], config.output_bias)
         self.norm_before = config.qk_norm == "before_rope"
         self.norm_after = config.qk_norm == "after_rope"
         self.eps = config.rms_norm_eps
         if config.qk_norm:
-            q_weight, k_weight = (weights.tensor(f"{prefix}.{name}.weight", (self.head_dim,)) for name in norm_names)
+            q_name, k_name = (f"{prefix}.{name}.weight" for name in norm_names)
+            q_weight = weights.tensor(q_name, (self.head_dim,)).expand(self.num_heads, -1)
+            k_weight = weights.tensor(k_name, (self.head_dim,)).expand(self.num_kv_heads, -1)
             # one row a head, so that q and k are normalised together
-            self.norm_weight = torch.cat(
-                (q_weight.expand(self.num_heads, -1), k_weight.expand(self.num_kv_heads, -1))
-            )
+            self.norm_weight = torch.cat((q_weight, k_weight))
 
     def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
-        """x: [num_tokens, hidden]; angles: cos and sin of `Rope`. Returns [num_tokens, hidden]."""
+        """x: [num_tokens, hidden]; angles: what `Rope` gives. Returns [num_tokens, hidden]."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         qk, v = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.norm_before:

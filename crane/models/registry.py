@@ -52,9 +52,8 @@ def load_model(
     """
     known = models()
     if config.model_type not in known:
-        raise ModelError(
-            f"{checkpoint.path}: no model class for {config.model_type!r}; supported: {', '.join(sorted(known))}"
-        )
+        supported = ", ".join(sorted(known))
+        raise ModelError(f"{checkpoint.path}: no class for {config.model_type!r}; supported: {supported}")
     with torch.no_grad():
         weights = Weights(checkpoint, config, device=torch.device(device), dtype=dtype, progress=progress)
         model = known[config.model_type](config, weights)

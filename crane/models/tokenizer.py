@@ -241,6 +241,12 @@ def _from_pieces(checkpoint: Checkpoint, config: dict) -> Tokenizer:
 def _config(checkpoint: Checkpoint) -> dict:
     """tokenizer_config.json; names of special tokens that it lacks come from special_tokens_map.json."""
     config = checkpoint.read_json(CONFIG_NAME) or {}
+    added = config.get("added_tokens_decoder") or {}
+    entries = added.items() if isinstance(added, dict) else [("", added)]
+    for key, entry in entries:
+        if not key.isdecimal() or not isinstance(entry, dict) or not _content(entry):
+            path = checkpoint.path / CONFIG_NAME
+            raise ModelError(f"{path}: malformed entry {key!r} of added_tokens_decoder")
     return {**(checkpoint.read_json("special_tokens_map.json") or {}), **config}
 
 
@@ -272,7 +278,7 @@ def _added_tokens(checkpoint: Checkpoint, config: dict) -> list[tuple[int, str, 
     for text, token_id in (checkpoint.read_json("added_tokens.json") or {}).items():
         found[token_id] = (text, False)
     for key, entry in (config.get("added_tokens_decoder") or {}).items():
-        found[int(key) if key.isdecimal() else key] = (_content(entry), bool(entry.get("special")))
+        found[int(key)] = (entry["content"], bool(entry.get("special")))
     for token_id, (text, _) in found.items():
         if not isinstance(token_id, int) or not 0 <= token_id < 1 << 24 or not text:
             raise ModelError(f"{checkpoint.path}: malformed added token {token_id!r}: {text!r}")
@@ -283,7 +289,7 @@ def _add_missing(pipeline: tokenizers.Tokenizer, config: dict, path) -> None:
     """Adds tokens that only the configuration has."""
     known = pipeline.get_added_tokens_decoder()
     entries = config.get("added_tokens_decoder") or {}
-    for key in sorted((key for key in entries if key.isdecimal()), key=int):
+    for key in sorted(entries, key=int):
         entry = entries[key]
         if int(key) in known:
             continue

@@ -89,11 +89,12 @@ class Weights:
         for descriptor in self.files.values():
             os.close(descriptor)
         self.files.clear()
-        left = [name for name in self.checkpoint.tensors if name not in self.used and not self._harmless(name)]
+        left = [name for name in self.checkpoint.tensors if not (name in self.used or self._harmless(name))]
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             listed = ", ".join(show(name) for name in left[:3])
-            raise ModelError(f"{self.checkpoint.path}: unknown tensors for {self.config.model_type}: {listed}{more}")
+            family = self.config.model_type
+            raise ModelError(f"{self.checkpoint.path}: unknown tensors for {family}: {listed}{more}")
         if self.progress:
             self.progress(self.total_bytes, self.total_bytes)
 
@@ -110,12 +111,13 @@ class Weights:
         info = self.checkpoint.tensors.get(stored)
         if info is None:
             called = stored if stored == name else f"{stored} ({name})"
-            raise ModelError(f"{self.checkpoint.path}: tensor {called} is missing, expected shape {list(shape)}")
+            expected = f"expected shape {list(shape)}"
+            raise ModelError(f"{self.checkpoint.path}: tensor {called} is missing, {expected}")
         if info.shape != shape:
             found = f"expected shape {list(shape)}, found {list(info.shape)}"
             raise ModelError(f"{info.path}: tensor {show(stored)}: {found}")
         if info.dtype not in _PLAIN and not _can_dequantize(info.dtype):
-            raise ModelError(f"{info.path}: tensor {show(stored)}: type {info.dtype} is not supported for weights")
+            raise ModelError(f"{info.path}: tensor {show(stored)}: type {info.dtype} is not supported")
         return info
 
     def _fill(self, out: Tensor, name: str, info: TensorInfo) -> None:
@@ -130,7 +132,7 @@ class Weights:
         if not direct:
             out.copy_(target)
         if self.dtype == torch.float16 and not torch.isfinite(out).all():
-            raise ModelError(f"{info.path}: tensor {show(info.name)} exceeds the range of float16; use another dtype")
+            raise ModelError(f"{info.path}: tensor {show(info.name)} exceeds the range of float16")
         if info.name not in self.used:
             self.used.add(info.name)
             self.loaded_bytes += info.nbytes

@@ -11,7 +11,7 @@ import logging
 import os
 import subprocess
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -21,6 +21,7 @@ from crane import __version__
 from crane.errors import EngineError, SettingsError
 from crane.runtime import launch
 from crane.runtime.settings import Settings
+from crane.runtime.stream import RETRY_S, Stream
 from crane.runtime.types import (
     Abort, Accepted, Call, EngineInfo, Generate, Hello, Output, Rejected, Reply, State, Step,
 )
@@ -30,94 +31,7 @@ log = logging.getLogger("crane.link")
 
 # An engine that accepts a connection and says nothing for so long is stuck.
 GREETING_S = 10.0
-# A started engine has this long to bind; loading comes after that.
-BIND_S = 60.0
-RETRY_S = 1.0
 POLL_S = 0.05
-LOST = "engine_lost: the engine ended before it finished this request"
-
-
-class Stream:
-    """The outputs of one group of requests, in order of arrival. Belongs to the link's loop."""
-
-    def __init__(self, link: "Link", requests: Sequence[Generate]):
-        self._link = link
-        self._open = {request.rid: set(range(request.sampling.n)) for request in requests}
-        self._unaccepted = set(self._open)
-        self._refused: EngineError | None = None
-        self._outputs: deque[Output] = deque()
-        self._changed = asyncio.Event()
-        self._disconnected = False
-
-    @property
-    def finished(self) -> bool:
-        """Every choice has had its last output, whether `next` has given it out or not."""
-        return not self._open
-
-    async def accepted(self) -> None:
-        """Wait until the engine has taken every request. Raises EngineError when it refuses one; none runs then."""
-        while self._unaccepted and self._refused is None and not self._disconnected:
-            self._changed.clear()
-            await self._changed.wait()
-        if self._refused is not None:
-            self.close()
-            raise self._refused
-
-    async def next(self) -> list[Output]:
-        """All outputs that have come, at least one; [] once finished or after `disconnect`."""
-        while not self._outputs and not self._disconnected and self._open:
-            self._changed.clear()
-            await self._changed.wait()
-        if self._disconnected:
-            return []
-        outputs = list(self._outputs)
-        self._outputs.clear()
-        return outputs
-
-    def disconnect(self) -> None:
-        """The client is gone: whoever waits in `next` gets []."""
-        self._disconnected = True
-        self._changed.set()
-
-    def close(self) -> None:
-        """Abort what is unfinished; `next` gives nothing more. Idempotent."""
-        for rid in self._open:
-            self._link.forget(rid)
-        self._open.clear()
-        self._unaccepted.clear()
-        self._outputs.clear()
-        self._changed.set()
-
-    def take(self, message: Accepted | Rejected | Output) -> None:
-        """From the link: something about one of this stream's requests."""
-        rid = message.rid
-        if isinstance(message, Accepted):
-            self._unaccepted.discard(rid)
-        elif isinstance(message, Rejected):
-            self._refused = self._refused or EngineError(message.code, message.message, message.retry_after_s)
-            self._end(rid)
-        elif rid not in self._unaccepted:  # else a late output of an earlier request with this rid
-            self._outputs.append(message)
-            if message.finish_reason is not None:
-                self._open[rid].discard(message.index)
-                if not self._open[rid]:
-                    self._end(rid)
-        self._changed.set()
-
-    def _end(self, rid: str) -> None:
-        self._open.pop(rid, None)
-        self._unaccepted.discard(rid)
-        self._link.ended(rid)
-
-    def lose(self) -> None:
-        """From the link: the engine is gone."""
-        if self._unaccepted:
-            self._refused = self._refused or EngineError("lost", LOST, RETRY_S)
-        for rid, indexes in self._open.items():
-            self._outputs += [Output(rid, i, [], finish_reason="error", error=LOST) for i in sorted(indexes)]
-        self._open.clear()
-        self._unaccepted.clear()
-        self._changed.set()
 
 
 class _Connection(asyncio.Protocol):
@@ -168,12 +82,14 @@ class Link:
         self._command = command
         self._on_halt = on_halt
         self._place: launch.Meeting | None = None
+        self._arbiter: launch.Arbiter | None = None
         self._connection: _Connection | None = None
         self._engine: subprocess.Popen | None = None
         self._streams: dict[str, Stream] = {}
         self._calls: dict[int, asyncio.Future] = {}
         self._num_calls = 0
         self._changed = asyncio.Event()
+        self._was_ready = False
         self._halted = False
         self._task: asyncio.Task | None = None
 
@@ -187,6 +103,7 @@ class Link:
     async def stop(self) -> None:
         """Leave the engine. Open streams end as lost."""
         if self._task is not None:
+            self._was_ready = False  # leaving is no news
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
@@ -232,17 +149,20 @@ class Link:
         try:
             reply = await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
-            raise EngineError("internal", f"the engine did not answer {op!r} within {timeout_s:g} s") from None
+            raise EngineError("internal", f"no answer to {op!r} within {timeout_s:g} s") from None
         finally:
             self._calls.pop(number, None)
         if reply.error is not None:
             raise EngineError("internal", reply.error)
         return reply.payload
 
-    def abort(self, rid: str | None) -> None:
-        """End a request of any worker, or all requests (None). Unknown ids and a lost engine are no error."""
+    def abort(self, rid: str | None, index: int | None = None) -> None:
+        """End a request of any worker, one choice of it, or all requests (None).
+
+        Unknown ids and a lost engine are no error.
+        """
         if self._connection is not None:
-            self._connection.transport.write(pack(Abort(rid)))
+            self._connection.transport.write(pack(Abort(rid, index)))
 
     def _check_ready(self) -> None:
         state = self.state
@@ -279,6 +199,7 @@ class Link:
                 stream.take(message)
         elif isinstance(message, State):
             self._set(message)
+            self._was_ready |= message.status == "ready"
             if message.status == "failed":  # it leaves once nobody is connected any more
                 self._connection.transport.abort()
         elif isinstance(message, Reply):
@@ -300,12 +221,17 @@ class Link:
         while True:
             connection = None
             try:
-                self._place = self._place or launch.meeting(self.settings, self._arbiter_pid or launch.own_arbiter())
+                if self._place is None:
+                    self._place = launch.meeting(self.settings, self._arbiter_pid or launch.own_arbiter())
+                    self._arbiter = launch.Arbiter(self._place.arbiter_pid)
                 connection = await self._connect_or_start()
             except SettingsError as error:  # the run folder cannot be used
                 self._give_up(str(error), halt=True)
             except OSError as error:  # no process to be had, an engine that is stuck, ...
                 self._set(State("lost", reason=f"cannot reach the engine: {error}"))
+            except Exception as error:  # without this loop the worker would never have an engine again
+                log.exception("cannot reach the engine")
+                self._set(State("lost", reason=f"cannot reach the engine: {type(error).__name__}"))
             if connection is not None:
                 self._connection = connection
                 self.receive(connection.greeting.result())
@@ -319,6 +245,10 @@ class Link:
             self._connection.transport.abort()
             self._connection = None
         streams = set(self._streams.values())
+        if self._was_ready:
+            how = f"failed: {self.state.reason}" if self.state.status == "failed" else "has left"
+            log.warning("the engine %s (%d open requests end with an error)", how, len(self._streams))
+        self._was_ready = False
         self._streams.clear()
         if self.state.status != "failed":
             self._set(State("lost"))
@@ -329,12 +259,14 @@ class Link:
                 answer.set_exception(EngineError("lost", "the engine ended before it answered", RETRY_S))
 
     async def _connect_or_start(self) -> _Connection | None:
-        """A greeted connection, or None: try again later. Starts the engine when nobody is there to answer."""
+        """A greeted connection, or None: try again later. Starts the engine when nobody answers."""
         connection = await self._connect()
         if connection is not None:
             return connection
         if self._place.arbiter_pid is None:
             raise OSError(f"nobody listens on {self._place.socket}")
+        if self._arbiter.gone:
+            return None  # we are about to end, too
         with launch.locked(self._place) as fd:
             if fd is None:
                 return None  # another worker is at it
@@ -342,6 +274,8 @@ class Link:
             if connection is not None:
                 return connection
             record = launch.read_record(fd)
+            if record.starting:
+                return None
             if record.exhausted:
                 reason = record.reason or f"the engine died while it was loading{self._exit_text()}"
                 return self._give_up(reason, halt=not record.was_ready)
@@ -349,8 +283,7 @@ class Link:
                 await asyncio.sleep(RETRY_S * 2**record.attempts)
             self._place.socket.unlink(missing_ok=True)
             launch.sweep()
-            launch.write_record(fd, launch.Record(record.was_ready, record.attempts + 1))
-            return await self._start_engine()
+            return await self._start_engine(fd, launch.Record(record.was_ready, record.attempts + 1))
 
     def _give_up(self, reason: str, halt: bool) -> None:
         if self.state.status != "failed" or self.state.reason != reason:
@@ -366,10 +299,11 @@ class Link:
         return "" if status is None else f" (signal {-status})" if status < 0 else f" (exit status {status})"
 
     async def _connect(self) -> _Connection | None:
-        """Connect, and wait for the first State. None when nobody listens; TimeoutError when it says nothing."""
+        """Connect, and wait for the first State. None when nobody listens; OSError when it says nothing."""
         loop = asyncio.get_running_loop()
         try:
-            _, connection = await loop.create_unix_connection(lambda: _Connection(self), str(self._place.socket))
+            path = str(self._place.socket)
+            _, connection = await loop.create_unix_connection(lambda: _Connection(self), path)
         except (FileNotFoundError, ConnectionError):
             return None
         try:
@@ -379,11 +313,13 @@ class Link:
             raise OSError(f"it accepts connections on {self._place.socket} and says nothing") from None
         return connection if greeting is not None else None
 
-    async def _start_engine(self) -> _Connection | None:
-        """Start it and wait until it listens. Holding the lock, so that nobody starts a second one."""
+    async def _start_engine(self, fd: int, record: launch.Record) -> _Connection | None:
+        """Start it and wait until it listens. Holding the lock `fd`, so that nobody starts a second one."""
         self._engine = launch.spawn(self.settings, self._place, self._command)
+        record.pid, record.started_s = self._engine.pid, time.time()
+        launch.write_record(fd, record)
         threading.Thread(target=self._engine.wait, daemon=True).start()  # else it would stay a zombie
-        deadline = asyncio.get_running_loop().time() + BIND_S
+        deadline = asyncio.get_running_loop().time() + launch.BIND_S
         while self._engine.poll() is None and asyncio.get_running_loop().time() < deadline:
             connection = await self._connect()
             if connection is not None:
@@ -393,7 +329,7 @@ class Link:
 
 
 class LinkThread:
-    """A Link on a loop of its own in a daemon thread, for WSGI. Its methods block and may be called by any thread.
+    """A Link on a loop of its own in a daemon thread, for WSGI. Methods block, and any thread may call them.
 
     Start it in the process that uses it: a thread does not survive a fork.
     """
@@ -444,8 +380,8 @@ class LinkThread:
     def call(self, op: str, payload: Any = None, timeout_s: float = 30.0) -> Any:
         return self._wait(self._link.call(op, payload, timeout_s))
 
-    def abort(self, rid: str | None) -> None:
-        self._loop.call_soon_threadsafe(self._link.abort, rid)
+    def abort(self, rid: str | None, index: int | None = None) -> None:
+        self._loop.call_soon_threadsafe(self._link.abort, rid, index)
 
     def _wait(self, coroutine) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -470,7 +406,7 @@ class BlockingStream:
             answer.result(timeout_s)
         except FutureTimeout:
             self.close()
-            raise EngineError("internal", f"the engine did not answer within {timeout_s:g} s", RETRY_S) from None
+            raise EngineError("internal", f"no answer within {timeout_s:g} s", RETRY_S) from None
 
     def next(self, timeout_s: float | None = None) -> list[Output] | None:
         """As `Stream.next`; None when nothing has come in time."""

@@ -22,9 +22,6 @@ from crane.runtime.types import Accepted, EngineInfo, EngineStats, Generate, Out
 
 log = logging.getLogger("crane.engine")
 
-# A bound on n, so that one request cannot fill the engine; the API has its own, smaller one.
-MAX_CHOICES = 1024
-
 
 class Engine:
     """One model on one device. All calls come from the thread that made it.
@@ -100,6 +97,8 @@ class Engine:
         ids, sampling, info = request.prompt_ids, request.sampling, self.info
         if self.scheduler.find(request.rid):
             return "duplicate_rid", f"a request with id {request.rid!r} is running"
+        if sampling.problem():
+            return "bad_request", sampling.problem()
         if not ids:
             return "bad_request", "the prompt is empty"
         if min(ids) < 0 or max(ids) >= info.vocab_size:
@@ -108,10 +107,6 @@ class Engine:
             return "bad_request", f"stop_token_ids and logit_bias keys must be in [0, {info.vocab_size})"
         if len(ids) + min(sampling.max_tokens, 1) > info.max_model_len:
             return "too_long", f"a prompt of {len(ids)} tokens exceeds the limit of {info.max_model_len} tokens"
-        if sampling.max_tokens < 0 or not 1 <= sampling.n <= MAX_CHOICES:
-            return "bad_request", f"max_tokens must be >= 0 and n in [1, {MAX_CHOICES}]"
-        if not -(2**63) <= (sampling.seed or 0) < 2**63 or not 0 <= sampling.top_k < 2**31:
-            return "bad_request", "seed must fit into 64 bits and top_k into 31"
         if self.scheduler.num_waiting >= self.settings.max_queue:
             return "queue_full", f"{self.scheduler.num_waiting} requests are waiting", self._retry_after_s()
         return None
@@ -127,7 +122,11 @@ class Engine:
         Unknown ids give none.
         """
         ended = self.scheduler.end([s for s in self.scheduler.find(rid) if index in (None, s.index)], "abort")
-        self._stats.aborted_requests += len({output.rid for output in ended})
+        rids = {output.rid for output in ended}
+        if index is None:
+            self._stats.aborted_requests += len(rids)
+        else:  # it got all it wanted
+            self._stats.completed_requests += sum(not self.scheduler.find(rid) for rid in rids)
         return ended
 
     def fail_all(self, message: str) -> list[Output]:

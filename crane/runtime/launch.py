@@ -13,11 +13,13 @@ import fcntl
 import hashlib
 import logging
 import os
+import select
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ MAX_SOCKET_PATH_BYTES = 100
 # Once it has been ready, the engine may fail to come back this many times in a row.
 MAX_ATTEMPTS = 3
 ENGINE_COMMAND = (sys.executable, "-m", "crane.runtime.server")
+# A started engine has this long to listen; loading comes after that.
+BIND_S = 60.0
 # gunicorn stops altogether when a worker exits with this code, instead of starting another
 EXIT_HALT = 3
 # Settings that the engine does not look at: changing them needs no other engine.
@@ -44,13 +48,20 @@ API_SETTINGS = frozenset(
 class Record(msgspec.Struct):
     """What is known about this engine's starts.
 
-    was_ready: it has been ready once. attempts: starts since it was last ready.
-    reason: why the last one failed, as far as it could say.
+    was_ready: it has been ready once. attempts: starts since it was last ready; pid and started_s (Unix
+    time): of the last of them. reason: why the last one failed, as far as it could say.
     """
 
     was_ready: bool = False
     attempts: int = 0
     reason: str = ""
+    pid: int = 0
+    started_s: float = 0.0
+
+    @property
+    def starting(self) -> bool:
+        """Somebody started an engine that may yet listen, and was killed while waiting for that."""
+        return self.pid > 0 and time.time() - self.started_s < BIND_S and alive(self.pid)
 
     @property
     def exhausted(self) -> bool:
@@ -86,7 +97,8 @@ def meeting(settings: Settings, arbiter_pid: int) -> Meeting:
 
 def _checked(path: Path) -> Path:
     if len(os.fsencode(path)) >= MAX_SOCKET_PATH_BYTES:
-        raise SettingsError(f"the engine socket's path must be shorter than {MAX_SOCKET_PATH_BYTES} bytes: {path}")
+        limit = MAX_SOCKET_PATH_BYTES
+        raise SettingsError(f"the engine socket's path must be shorter than {limit} bytes: {path}")
     return path
 
 
@@ -104,8 +116,17 @@ def run_dir() -> Path:
 
 
 def own_arbiter() -> int:
-    """Whose workers share an engine with this process: a gunicorn master's, else nobody's but this process's."""
-    return os.getppid() if "gunicorn.arbiter" in sys.modules else os.getpid()
+    """Whose workers share an engine with this process: its gunicorn master's, else nobody else's.
+
+    A gunicorn worker spends its life inside the master's `spawn_worker`; being its child is not enough, since
+    whatever a test or an embedding program imports, its parent is not its master.
+    """
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    while frame is not None:
+        if frame.f_code.co_name == "spawn_worker" and frame.f_globals.get("__name__") == "gunicorn.arbiter":
+            return frame.f_locals["self"].pid
+        frame = frame.f_back
+    return os.getpid()
 
 
 def process_start(pid: int) -> str:
@@ -120,6 +141,7 @@ def process_start(pid: int) -> str:
 
 
 def alive(pid: int) -> bool:
+    """Whether there is such a process, ended or not as long as its parent has not asked."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -129,9 +151,28 @@ def alive(pid: int) -> bool:
     return True
 
 
+class Arbiter:
+    """Whether the process that the workers belong to still runs. pid None: nobody to watch."""
+
+    def __init__(self, pid: int | None):
+        self._pid = pid
+        self._fd = None
+        if pid is not None and hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):  # not there any more, or not allowed here: ask by pid
+                self._fd = os.pidfd_open(pid)
+
+    @property
+    def gone(self) -> bool:
+        if self._pid is None:
+            return False
+        if self._fd is not None:  # readable once the process has ended
+            return bool(select.select([self._fd], [], [], 0)[0])
+        return not alive(self._pid)
+
+
 @contextlib.contextmanager
 def locked(place: Meeting) -> Iterator[int | None]:
-    """Try to hold the meeting's lock: yields the lock file's descriptor, or None when somebody else holds it."""
+    """Try to hold the meeting's lock: yields the lock file's descriptor, or None when another holds it."""
     fd = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -158,6 +199,7 @@ def _same_file(fd: int, path: Path) -> bool:
 
 
 def read_record(fd: int) -> Record:
+    """The record in a lock file that is held."""
     try:
         return msgspec.json.decode(os.pread(fd, 1 << 16, 0), type=Record)
     except msgspec.MsgspecError:
@@ -165,6 +207,7 @@ def read_record(fd: int) -> Record:
 
 
 def write_record(fd: int, record: Record) -> None:
+    """Replace the record in a lock file that is held."""
     os.ftruncate(fd, 0)
     os.pwrite(fd, msgspec.json.encode(record), 0)
 
@@ -181,14 +224,14 @@ def spawn(settings: Settings, place: Meeting, command: Sequence[str] = ENGINE_CO
     return subprocess.Popen(
         [*command, *arguments],
         stdin=subprocess.DEVNULL,
-        cwd=Path(__file__).resolve().parents[2],  # where `crane` is importable, whatever changed sys.path here
+        cwd=Path(__file__).resolve().parents[2],  # `crane` is importable there, whatever changed sys.path
         start_new_session=True,
         close_fds=True,
     )
 
 
 def settings_from_arguments(pairs: Sequence[str]) -> Settings:
-    """Settings from NAME=VALUE arguments as `spawn` writes them, or from the environment when there are none."""
+    """Settings from NAME=VALUE arguments as `spawn` writes them; without any, from the environment."""
     if not pairs:
         return Settings.from_env()
     for pair in pairs:
@@ -198,7 +241,7 @@ def settings_from_arguments(pairs: Sequence[str]) -> Settings:
 
 
 def listen(path: Path) -> socket.socket:
-    """A listening socket at `path`, mode 0600. A stale file is replaced; a live listener is a SettingsError."""
+    """A listening socket at `path`, mode 0600. Replaces a stale file; a live listener is a SettingsError."""
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     if path.is_socket():
         if _answers(path):
@@ -262,6 +305,7 @@ def claim(what: str, arbiter_pid: int) -> bool:
 
 
 def claimed(what: str, arbiter_pid: int) -> bool:
+    """Whether a process under this arbiter has claimed `what`."""
     return _claim_path(what, arbiter_pid).exists()
 
 
@@ -293,8 +337,7 @@ def log_to_stderr(settings: Settings) -> None:
     logger.setLevel(settings.log_level.upper())
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(
-            logging.Formatter("[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S %z")
-        )
+        line = "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s"
+        handler.setFormatter(logging.Formatter(line, "%Y-%m-%d %H:%M:%S %z"))
         logger.addHandler(handler)
         logger.propagate = False

@@ -7,6 +7,8 @@ from crane.runtime.types import Generate, SamplingParams, Usage
 
 
 class Status(enum.Enum):
+    """Where a sequence stands with the scheduler."""
+
     QUEUED = "queued"  # wants to run: new, giving way after its quantum, or to be recomputed
     RUNNING = "running"  # has a run slot; part of every step
     FINISHED = "finished"

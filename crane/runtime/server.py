@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import select
 import signal
 import sys
 import time
@@ -27,8 +26,10 @@ from crane.runtime.wire import PROTOCOL, FrameReader, WireError, pack
 
 log = logging.getLogger("crane.engine")
 
-# A worker that leaves this much unread is stuck: its link is cut, so that it costs no more memory.
+# A worker that leaves this much unread for STALL_S, or sixteen times as much, is stuck: its link is cut,
+# so that it costs no more memory. One big answer alone is no reason.
 MAX_UNREAD_BYTES = 16 << 20
+STALL_S = 5.0
 # A new engine waits at least this long for its first worker.
 FIRST_LINK_S = 30.0
 # After the arbiter's end its workers have this long to notice and leave.
@@ -48,6 +49,7 @@ class Peer(asyncio.Protocol):
         self._server = server
         self._reader = FrameReader("engine")
         self._greeted = False
+        self._behind_since_s: float | None = None
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport) -> None:
@@ -68,8 +70,9 @@ class Peer(asyncio.Protocol):
         elif isinstance(message, Hello) and message.protocol == PROTOCOL and message.version == __version__:
             self._greeted = True
         elif isinstance(message, Hello):
-            ours, theirs = f"crane {__version__} ({PROTOCOL})", f"crane {message.version} ({message.protocol})"
-            self.send(State("failed", reason=f"the engine is {ours}, the API worker {theirs}: they must be the same"))
+            ours, theirs = f"{__version__} ({PROTOCOL})", f"{message.version} ({message.protocol})"
+            reason = f"the engine is crane {ours}, the API worker {theirs}: they must be the same"
+            self.send(State("failed", reason=reason))
             self.transport.close()
         else:
             raise WireError(f"expected Hello, got {type(message).__name__}")
@@ -78,7 +81,7 @@ class Peer(asyncio.Protocol):
         self._server.part(self)
 
     def send(self, message) -> None:
-        """Never waits: what the worker does not read is buffered up to MAX_UNREAD_BYTES."""
+        """Never waits: what the worker does not read is buffered, within limits."""
         if self.transport.is_closing():
             return
         try:
@@ -87,32 +90,19 @@ class Peer(asyncio.Protocol):
             log.error("a worker's link is cut: %s", error)
             self.transport.abort()
             return
-        if self.unread_bytes > MAX_UNREAD_BYTES:
-            log.warning("a worker left %d bytes unread: its link is cut", self.unread_bytes)
+        unread_bytes, now = self.unread_bytes, time.monotonic()
+        if unread_bytes <= MAX_UNREAD_BYTES:
+            self._behind_since_s = None
+            return
+        self._behind_since_s = self._behind_since_s or now
+        if now - self._behind_since_s > STALL_S or unread_bytes > 16 * MAX_UNREAD_BYTES:
+            log.warning("a worker left %d bytes unread: its link is cut", unread_bytes)
             self.transport.abort()
 
     @property
     def unread_bytes(self) -> int:
+        """What has been sent and the kernel has not taken yet."""
         return self.transport.get_write_buffer_size()
-
-
-class Arbiter:
-    """Whether the process that the workers belong to still runs. pid None: nobody to watch."""
-
-    def __init__(self, pid: int | None):
-        self._pid = pid
-        self._fd = None
-        if pid is not None and hasattr(os, "pidfd_open"):
-            with contextlib.suppress(OSError):  # not there any more, or not allowed here: ask by pid
-                self._fd = os.pidfd_open(pid)
-
-    @property
-    def gone(self) -> bool:
-        if self._pid is None:
-            return False
-        if self._fd is not None:  # readable once the process has ended
-            return bool(select.select([self._fd], [], [], 0)[0])
-        return not launch.alive(self._pid)
 
 
 class Server:
@@ -124,7 +114,7 @@ class Server:
         self.state = State("loading")
         self.peers: set[Peer] = set()
         self._factory = engine_factory
-        self._arbiter = Arbiter(place.arbiter_pid)
+        self._arbiter = launch.Arbiter(place.arbiter_pid)
         self._stepper: Stepper | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
@@ -179,8 +169,8 @@ class Server:
     def receive(self, peer: Peer, message) -> None:
         status = self.state.status
         if isinstance(message, Generate) and status != "ready":
-            why = self.state.reason or {"loading": "the model is loading", "draining": "the server is stopping"}[status]
-            peer.send(Rejected(message.rid, status, why, 1.0))
+            texts = {"loading": "the model is loading", "draining": "the server is stopping"}
+            peer.send(Rejected(message.rid, status, texts.get(status, self.state.reason), 1.0))
         elif isinstance(message, Call) and status not in ("ready", "draining"):
             peer.send(Reply(message.id, error=f"the engine is {status}"))
         elif isinstance(message, Generate | Abort | Call):
@@ -249,9 +239,10 @@ class Server:
         if self._arbiter.gone:
             self._orphan_s = self._orphan_s or now
             return 0 if not self.peers or now - self._orphan_s > ORPHAN_S else None
+        if self.place.arbiter_pid is None or self.peers:
+            return None
         linger_s = self.settings.linger_s if self._had_peer else max(self.settings.linger_s, FIRST_LINK_S)
-        lonely = self.place.arbiter_pid is not None and not self.peers and now - self._empty_since_s >= linger_s
-        return 0 if lonely else None
+        return 0 if now - self._empty_since_s >= linger_s else None
 
     def _leave(self, server: asyncio.Server, inode: tuple[int, int], code: int) -> bool:
         """Stop listening, under the lock: a worker that holds it is about to meet us, so then stay."""
@@ -306,7 +297,7 @@ def load_engine(settings: Settings, progress: Callable[[int, int], None]):
 
 def main(argv: Sequence[str] | None = None, engine_factory: Callable = load_engine) -> int:
     """The process: returns the exit status. engine_factory(settings, progress) -> Engine."""
-    parser = argparse.ArgumentParser(prog="python -m crane.runtime.server", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("python -m crane.runtime.server", description="crane's engine process.")
     parser.add_argument("--socket", help="where to listen (default: CRANE_ENGINE_SOCKET)")
     parser.add_argument("--arbiter-pid", type=int, help="leave when this process is gone (default: stay)")
     parser.add_argument("settings", nargs="*", metavar="CRANE_NAME=VALUE", help="default: the environment")

@@ -74,7 +74,8 @@ class Stepper(threading.Thread):
         except Exception as error:
             reason = str(error) if isinstance(error, CraneError) else f"{type(error).__name__}: {error}"
             log.debug("the engine cannot start", exc_info=True)
-            self._tell(self._listener.failed, " ".join(f"cannot serve {self._settings.model_path}: {reason}".split()))
+            reason = " ".join(f"cannot serve {self._settings.model_path}: {reason}".split())
+            self._tell(self._listener.failed, reason)
             return
         self._tell(self._listener.ready, engine.info)
         try:
@@ -110,7 +111,7 @@ class Stepper(threading.Thread):
             elif message is _DRAIN:
                 self._draining = True
             elif isinstance(message, Abort):
-                answers += self._route(engine.abort(message.rid))
+                answers += self._route(engine.abort(message.rid, message.index))
             else:
                 answers.append((peer, self._answer(engine, peer, message)))
 
@@ -122,7 +123,8 @@ class Stepper(threading.Thread):
                 answer = engine.add(message)
             except Exception as error:  # the worker waits for an answer, whatever happened
                 log.exception("request %s cannot be added", message.rid)
-                return Rejected(message.rid, "internal", f"the engine failed on this request: {type(error).__name__}")
+                reason = f"the engine failed on this request: {type(error).__name__}"
+                return Rejected(message.rid, "internal", reason)
             if not isinstance(answer, Rejected):
                 self._owners[message.rid] = _Owner(peer, message.sampling.n)
             return answer
@@ -139,7 +141,7 @@ class Stepper(threading.Thread):
     def _step(self, engine) -> list[Output]:
         try:
             outputs = engine.step()
-        except Exception as error:  # the engine answers what it can itself; here every running request is broken
+        except Exception as error:  # the engine answers what it can itself; here all that runs is broken
             log.exception("an engine step failed")
             outputs = engine.fail_all(f"the engine failed: {type(error).__name__}")
         if outputs:
@@ -190,11 +192,13 @@ class Progress:
 
     def _text(self, loaded_bytes: int, total_bytes: int) -> str:
         first_s, first_bytes = self._first
-        rate = (loaded_bytes - first_bytes) / max(time.monotonic() - first_s, 1e-3)
+        rate = (loaded_bytes - first_bytes) / max(time.monotonic() - first_s, 0.05)
         percent = 100 * loaded_bytes // max(total_bytes, 1)
-        return f"{percent:3d} %, {loaded_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s"
+        sizes = f"{loaded_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB"
+        return f"{percent:3d} %, {sizes}, {rate / 1e6:.0f} MB/s"
 
     def _draw(self, loaded_bytes: int, total_bytes: int, end: str) -> None:
         width = 30 * loaded_bytes // max(total_bytes, 1)
         bar = "#" * width + "." * (30 - width)
-        print(f"\rloading [{bar}] {self._text(loaded_bytes, total_bytes)}  ", end=end, file=sys.stderr, flush=True)
+        text = f"\rloading [{bar}] {self._text(loaded_bytes, total_bytes)}  "
+        print(text, end=end, file=sys.stderr, flush=True)

@@ -43,6 +43,42 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    def problem(self) -> str | None:
+        """What is wrong with these parameters, naming the field, or None.
+
+        Ids are compared with the vocabulary elsewhere. NaN is never inside bounds.
+        """
+        for name, (kind, low, high) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is None and name in ("seed", "logprobs"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+                return f"{name} must be in [{low}, {high}], got {value!r}"
+        for token_id, bias in self.logit_bias.items():
+            if not abs(bias) <= _MAX_BIAS:
+                return f"logit_bias of token {token_id} must be in [-{_MAX_BIAS}, {_MAX_BIAS}], got {bias!r}"
+        return None
+
+
+_INT = 2**31 - 1
+_MAX_BIAS = 1e6
+_NUMBER = (int, float)
+# What the kernels can compute with; the API refuses more, by its own field names.
+_BOUNDS = {
+    "max_tokens": (int, 0, _INT),
+    "temperature": (_NUMBER, 0.0, 100.0),
+    "top_k": (int, 0, _INT),
+    "top_p": (_NUMBER, 1e-9, 1.0),
+    "min_p": (_NUMBER, 0.0, 1.0),
+    "repetition_penalty": (_NUMBER, 1e-6, 1e6),
+    "frequency_penalty": (_NUMBER, -1e6, 1e6),
+    "presence_penalty": (_NUMBER, -1e6, 1e6),
+    "seed": (int, -(2**63), 2**63 - 1),
+    "n": (int, 1, 1024),
+    "min_tokens": (int, 0, _INT),
+    "logprobs": (int, 0, 1000),
+}
+
 
 class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
     """API to engine: start a request. `rid` is unique among live requests."""

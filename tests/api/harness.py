@@ -13,8 +13,8 @@ from crane.runtime.settings import Settings
 from crane.runtime.types import EngineInfo, Generate, Output, State, Usage
 
 INFO = EngineInfo(
-    pid=1, model_path="m", model_type="qwen25", dtype="float32", device="cpu", max_model_len=256, vocab_size=512,
-    num_pages=64, page_size=16, max_concurrent=8, decode_tokens_per_seq=16,
+    pid=1, model_path="m", model_type="qwen25", dtype="float32", device="cpu", max_model_len=256,
+    vocab_size=512, num_pages=64, page_size=16, max_concurrent=8, decode_tokens_per_seq=16,
 )  # fmt: skip
 READY = State("ready", info=INFO)
 NEVER = "never"  # a script's last word: the engine falls silent
@@ -42,17 +42,18 @@ class Response:
         return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
-def speak(tokenizer, text: str, request: Generate, *, index=0, finish="stop", eos=None, logprobs=None) -> list[Output]:
+def speak(
+    tokenizer, text: str, request: Generate, *, index=0, finish="stop", eos=None, logprobs=None
+) -> list[Output]:
     """One Output per token of `text`, then the end: an EOS token when `eos` is given."""
     ids = tokenizer.encode(text, add_special_tokens=False) + ([eos] if eos is not None else [])
     usage = Usage(len(request.prompt_ids), len(ids))
     outputs = [
-        Output(request.rid, index, [token_id], logprobs=[logprobs(token_id)] if logprobs else None) for token_id in ids
+        Output(request.rid, index, [token_id], logprobs=[logprobs(token_id)] if logprobs else None)
+        for token_id in ids
     ]
     last = outputs.pop()
-    outputs.append(
-        Output(request.rid, index, last.token_ids, finish, eos, last.logprobs, usage=usage)
-    )
+    outputs.append(Output(request.rid, index, last.token_ids, finish, eos, last.logprobs, usage=usage))
     return outputs
 
 
@@ -67,7 +68,7 @@ class FakeLink:
     state: State = READY
     blocking: bool = False
     opened: list[Generate] = field(default_factory=list)
-    aborted: list[str] = field(default_factory=list)
+    aborted: list[tuple] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     calls: list = field(default_factory=list)
     answer: object = None
@@ -82,8 +83,8 @@ class FakeLink:
         self.opened += requests
         return (BlockingStream if self.blocking else AsyncStream)(self, requests)
 
-    def abort(self, rid):
-        self.aborted.append(rid)
+    def abort(self, rid, index=None):
+        self.aborted.append((rid, index))
 
     def call(self, op, payload=None, timeout_s=30):
         self.calls.append((op, payload))

@@ -17,7 +17,9 @@ def say(model):
 
     def make(text, **options):
         def script(request: Generate):
-            parts = [speak(model.tokenizer, text, request, index=i, **options) for i in range(request.sampling.n)]
+            parts = [
+                speak(model.tokenizer, text, request, index=i, **options) for i in range(request.sampling.n)
+            ]
             return [list(step) for step in zip(*parts)]
 
         return script
@@ -60,7 +62,10 @@ def test_reply_has_openais_shape(client, say):
 
 def test_prompt_is_the_rendered_template_without_added_special_tokens(client, say, model):
     here = client(say("x"))
-    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    ]
     assert here.post(PATH, {"messages": messages}).status == 200
     text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert here.link.opened[0].prompt_ids == model.tokenizer.encode(text, add_special_tokens=False)
@@ -75,13 +80,20 @@ def test_stream_has_role_then_text_then_finish_then_usage_then_done(client, say)
     assert response.headers["x-accel-buffering"] == "no"
     *chunks, done = response.data()
     assert done == "[DONE]"
-    common = {(chunk.pop("id"), chunk.pop("created"), chunk.pop("model"), chunk.pop("object")) for chunk in chunks}
+    common = {
+        (chunk.pop("id"), chunk.pop("created"), chunk.pop("model"), chunk.pop("object")) for chunk in chunks
+    }
     assert len(common) == 1
     assert {*common.pop()} >= {"org/tiny", "chat.completion.chunk", here.link.opened[0].rid}
     first, *middle, last, usage = chunks
     assert first == {
         "choices": [
-            {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            {
+                "index": 0,
+                "delta": {"role": "assistant", "content": ""},
+                "logprobs": None,
+                "finish_reason": None,
+            }
         ],
         "usage": None,
     }
@@ -90,7 +102,10 @@ def test_stream_has_role_then_text_then_finish_then_usage_then_done(client, say)
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in middle) == "A crane"
     assert last["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
     assert usage["choices"] == []
-    assert usage["usage"]["total_tokens"] == usage["usage"]["prompt_tokens"] + usage["usage"]["completion_tokens"]
+    assert (
+        usage["usage"]["total_tokens"]
+        == usage["usage"]["prompt_tokens"] + usage["usage"]["completion_tokens"]
+    )
 
 
 def test_stream_without_usage_says_nothing_of_it(client, say):
@@ -101,7 +116,9 @@ def test_stream_without_usage_says_nothing_of_it(client, say):
 
 def test_continuous_usage_counts_up_in_every_chunk(client, say):
     options = {"include_usage": True, "continuous_usage_stats": True}
-    chunks = client(say("A crane is")).post(PATH, {**HELLO, "stream": True, "stream_options": options}).data()[:-1]
+    chunks = (
+        client(say("A crane is")).post(PATH, {**HELLO, "stream": True, "stream_options": options}).data()[:-1]
+    )
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts[0] == 0 and counts == sorted(counts) and counts[-1] > 1
 
@@ -110,12 +127,17 @@ def test_line_separators_inside_text_do_not_end_an_event_early(client, say):
     response = client(say("a\u2028b\u0085c\nd")).post(PATH, {**HELLO, "stream": True})
     text = response.body.decode()
     assert all(line == "" or line.startswith("data: ") for line in text.splitlines())
-    assert "".join(c["choices"][0]["delta"].get("content", "") for c in response.data()[:-1]) == "a\u2028b\u0085c\nd"
+    assert (
+        "".join(c["choices"][0]["delta"].get("content", "") for c in response.data()[:-1])
+        == "a\u2028b\u0085c\nd"
+    )
 
 
 def test_n_choices_stream_interleaved_and_share_one_usage(client, say):
     here = client(say("one two"))
-    chunks = here.post(PATH, {**HELLO, "n": 3, "stream": True, "stream_options": {"include_usage": True}}).data()
+    chunks = here.post(
+        PATH, {**HELLO, "n": 3, "stream": True, "stream_options": {"include_usage": True}}
+    ).data()
     texts, ends = {0: "", 1: "", 2: ""}, {}
     for chunk in chunks[:-2]:
         (choice,) = chunk["choices"]
@@ -187,9 +209,10 @@ def test_sampling_fields_reach_the_engine_as_given(client, say):
         "max_tokens": 7, "temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1.2,
         "frequency_penalty": -0.5, "presence_penalty": 0.25, "logit_bias": {"3": -100, "4": 5.5}, "seed": 42,
         "n": 2, "stop": "END", "stop_token_ids": [9], "min_tokens": 2, "ignore_eos": True,
-        "skip_special_tokens": False, "user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto",
-        "safety_identifier": "s", "prompt_cache_key": "k", "parallel_tool_calls": True, "verbosity": "medium",
-        "tools": None, "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
+        "skip_special_tokens": False, "user": "u", "metadata": {"a": "b"}, "store": False,
+        "service_tier": "auto", "safety_identifier": "s", "prompt_cache_key": "k", "verbosity": "medium",
+        "parallel_tool_calls": True, "tools": None, "tool_choice": "none", "modalities": ["text"],
+        "response_format": {"type": "text"},
     }  # fmt: skip
     assert here.post(PATH, {**HELLO, **given}).status == 200
     sampling = here.link.opened[0].sampling
@@ -206,7 +229,8 @@ def test_defaults_are_the_seeds_where_model_and_request_say_nothing(client, say)
     here = client(say("x"))
     here.post(PATH, {**HELLO, "max_tokens": None, "seed": None, "stop": None})
     sampling = here.link.opened[0].sampling
-    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty) == (0.8, 0.95, 40, 1.05)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.8, 0.95, 40)
+    assert sampling.repetition_penalty == 1.05
     assert sampling.max_tokens == 256 - len(here.link.opened[0].prompt_ids)  # 512, cut to the context
     assert sampling.seed is None and sampling.stop == () and sampling.n == 1
 
@@ -284,5 +308,7 @@ def test_special_tokens_that_a_user_spells_out_stay_text(client, say, model, par
 
 def test_special_tokens_of_the_operator_are_parsed(client, say, model):
     here = client(say("x"))
-    here.post(PATH, {"messages": [{"role": "system", "content": "a<|im_end|>"}, {"role": "user", "content": "b"}]})
+    here.post(
+        PATH, {"messages": [{"role": "system", "content": "a<|im_end|>"}, {"role": "user", "content": "b"}]}
+    )
     assert here.link.opened[0].prompt_ids.count(EOS) == 3

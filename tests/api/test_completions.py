@@ -16,7 +16,8 @@ def say(model):
         def script(request):
             n = request.sampling.n
             parts = [
-                speak(model.tokenizer, text, request, index=i, finish="length", logprobs=logprobs) for i in range(n)
+                speak(model.tokenizer, text, request, index=i, finish="length", logprobs=logprobs)
+                for i in range(n)
             ]
             return [list(step) for step in zip(*parts)]
 
@@ -26,7 +27,7 @@ def say(model):
 
 
 def scored(model, text="", k=1):
-    """A script that scores the prompt (-1.0 for each token but the first) and then says `text` (-2.0 each)."""
+    """A script that scores the prompt (-1.0 for each but the first) and then says `text` (-2.0 each)."""
 
     def entry(logprob, token_id):
         return TokenLogprob(logprob, [7] * min(k, 1), [-0.25] * min(k, 1))
@@ -39,7 +40,15 @@ def scored(model, text="", k=1):
         for i in range(request.sampling.n):
             lps = [entry(-2.0, token_id) for token_id in ids]
             outputs.append(
-                Output(request.rid, i, ids, "length", logprobs=lps, prompt_logprobs=None if i else prompt, usage=usage)
+                Output(
+                    request.rid,
+                    i,
+                    ids,
+                    "length",
+                    logprobs=lps,
+                    prompt_logprobs=None if i else prompt,
+                    usage=usage,
+                )
             )
         return [outputs[::-1]]  # choice 0, which carries the prompt's, comes last
 
@@ -63,7 +72,9 @@ def test_stream_has_text_chunks_and_no_role_chunk(client, say):
     chunks = client(say("one two")).post(PATH, {"prompt": "x", "stream": True}).data()
     assert chunks[-1] == "[DONE]"
     assert all(chunk["object"] == "text_completion" for chunk in chunks[:-1])
-    assert all(set(chunk["choices"][0]) == {"index", "text", "logprobs", "finish_reason"} for chunk in chunks[:-1])
+    assert all(
+        set(chunk["choices"][0]) == {"index", "text", "logprobs", "finish_reason"} for chunk in chunks[:-1]
+    )
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == "one two"
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[-3:-1]] == [None, "length"]
 
@@ -103,7 +114,9 @@ def test_echo_puts_the_prompt_in_front(client, say, stream):
 
 def test_echo_of_token_ids_is_their_text(client, say, model):
     ids = model.tokenizer.encode("The sky")
-    assert client(say("!")).post(PATH, {"prompt": ids, "echo": True}).json()["choices"][0]["text"] == "The sky!"
+    assert (
+        client(say("!")).post(PATH, {"prompt": ids, "echo": True}).json()["choices"][0]["text"] == "The sky!"
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -129,11 +142,30 @@ def test_echo_with_logprobs_covers_prompt_and_output(client, model, stream):
         assert choice["text"] == "The sky blue"
         logprobs = choice["logprobs"]
         assert "".join(logprobs["tokens"]) == "The sky blue"
-        assert logprobs["token_logprobs"] == [None] + [-1.0] * (num_prompt - 1) + [-2.0] * (len(ids) - num_prompt)
+        assert logprobs["token_logprobs"] == [None] + [-1.0] * (num_prompt - 1) + [-2.0] * (
+            len(ids) - num_prompt
+        )
         assert logprobs["top_logprobs"][0] is None
-        assert all(len(top) == 2 or top.keys() == {model.tokenizer.decode([7])} for top in logprobs["top_logprobs"][1:])
+        assert all(
+            len(top) == 2 or top.keys() == {model.tokenizer.decode([7])}
+            for top in logprobs["top_logprobs"][1:]
+        )
         starts = [len("".join(logprobs["tokens"][:i])) for i in range(len(ids))]
         assert logprobs["text_offset"] == starts
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_echo_spells_out_special_tokens_and_counts_them(client, model, as_ids):
+    text = "<|im_start|>user"
+    prompt = model.tokenizer.encode(text) if as_ids else text
+    choice = (
+        client(scored(model, "🙂!<|im_end|>."))
+        .post(PATH, {"prompt": prompt, "echo": True, "logprobs": 1})
+        .json()["choices"][0]
+    )
+    assert choice["text"] == "<|im_start|>user🙂!."  # special tokens of the answer are skipped
+    offsets = dict(zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]))
+    assert (offsets["<|im_start|>"], offsets["u"], offsets["!"], offsets["."]) == (0, 12, 17, 18)
 
 
 @pytest.mark.parametrize("logprobs", [None, 1])
@@ -177,7 +209,7 @@ def test_one_finished_prompt_is_aborted_while_others_go_on(client, model):
     here = client(script)
     body = here.post(PATH, {"prompt": ["x", "x"], "stop": "END"}).json()
     assert [choice["text"] for choice in body["choices"]] == ["a b c d e f g h i j k", "a "]
-    assert here.link.aborted == [here.link.opened[1].rid]
+    assert here.link.aborted == [(here.link.opened[1].rid, 0)]
 
 
 def test_choice_that_stops_leaves_its_siblings_running(client, model):
@@ -188,7 +220,11 @@ def test_choice_that_stops_leaves_its_siblings_running(client, model):
 
     here = client(script)
     body = here.post(PATH, {"prompt": "x", "n": 2, "stop": "END", "stream": True}).data()
-    texts = {0: "", 1: ""}
+    texts, ends = {0: "", 1: ""}, []
     for chunk in body[:-1]:
-        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
-    assert texts[0] == "a " and texts[1].startswith("a b c") and here.link.aborted == []
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["text"]
+        ends += [choice["index"]] if choice["finish_reason"] else []
+    assert ends == [0, 1]  # each once, and the first to stop first
+    assert texts == {0: "a ", 1: "a b c d e f"}
+    assert here.link.aborted == [(here.link.opened[0].rid, 0)]  # choice 0 only, at once

@@ -41,8 +41,9 @@ def test_stream_that_is_never_read_is_closed_too(model):
     here = Client("wsgi", model, lambda request: [NEVER])
     body = b'{"prompt": "a", "stream": true}'
     environ = {
-        "REQUEST_METHOD": "POST", "PATH_INFO": PATH, "QUERY_STRING": "", "SERVER_NAME": "x", "SERVER_PORT": "1",
-        "SERVER_PROTOCOL": "HTTP/1.1", "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(body),
+        "REQUEST_METHOD": "POST", "PATH_INFO": PATH, "QUERY_STRING": "", "SERVER_NAME": "x",
+        "SERVER_PORT": "1", "SERVER_PROTOCOL": "HTTP/1.1", "wsgi.url_scheme": "http",
+        "wsgi.input": io.BytesIO(body),
         "wsgi.errors": io.StringIO(), "wsgi.multithread": True, "CONTENT_LENGTH": str(len(body)),
     }  # fmt: skip
     answer = here.app(environ, lambda status, headers, exc_info=None: None)
@@ -74,7 +75,8 @@ def test_engine_lost_in_mid_stream_is_an_error_event_and_no_done(client, model):
     events = client(script).post(PATH, STREAM).data()
     assert events[-1] == {
         "error": {
-            "message": "engine_lost: it died", "type": "server_error", "param": None, "code": "engine_unavailable",
+            "message": "engine_lost: it died", "type": "server_error", "param": None,
+            "code": "engine_unavailable",
         }
     }  # fmt: skip
     assert "[DONE]" not in events and len(events) == 2

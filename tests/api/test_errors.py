@@ -19,7 +19,7 @@ def refused(response, status=400):
     """The error object of a refusal, its shape checked."""
     assert response.status == status, response.body
     assert response.headers["content-type"] == "application/json"
-    (name, error), = response.json().items()
+    ((name, error),) = response.json().items()
     assert name == "error" and set(error) == {"message", "type", "param", "code"}
     return error
 
@@ -212,7 +212,9 @@ REJECTIONS = [
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("error, status, kind, code, wait", REJECTIONS, ids=[str(row[0].code) for row in REJECTIONS])
+@pytest.mark.parametrize(
+    "error, status, kind, code, wait", REJECTIONS, ids=[str(row[0].code) for row in REJECTIONS]
+)
 def test_refusal_of_the_engine_has_a_status_also_for_streams(client, error, status, kind, code, wait, stream):
     here = client(lambda request: [error])
     response = here.post(CHAT, {"messages": HI, "stream": stream})
@@ -233,7 +235,11 @@ def test_error_of_our_own_is_500_without_details_and_logged(client, caplog):
 
     response = client(broken).post(CHAT, {"messages": HI})
     error = refused(response, 500)
-    assert error["code"] == "internal_error" and b"secret" not in response.body and b"Traceback" not in response.body
+    assert (
+        error["code"] == "internal_error"
+        and b"secret" not in response.body
+        and b"Traceback" not in response.body
+    )
     assert "secret" in caplog.text
 
 
@@ -250,14 +256,18 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = ["messages", "prompt", "max_tokens", "temperature", "logit_bias", "stop", "n", "seed", "stream", "logprobs",
-          "stop_token_ids", "echo", "stream_options", "chat_template_kwargs", "tools", "metadata", "model"]  # fmt: skip
+FIELDS = (
+    "messages prompt text tokens max_tokens temperature logit_bias stop n seed stream logprobs "
+    "stop_token_ids echo stream_options chat_template_kwargs tools metadata model"
+).split()
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, "/v1/tokenize", "/v1/detokenize"])
-@given(extra=st.dictionaries(st.sampled_from([*FIELDS, "text", "tokens"]), json_values, max_size=3))
+@given(extra=st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=3))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_json_at_all_makes_the_server_fail(model, path, extra):
-    here = Client("wsgi", model, lambda r: [speak(model.tokenizer, "x", r, index=i) for i in range(r.sampling.n)])
+    here = Client(
+        "wsgi", model, lambda r: [speak(model.tokenizer, "x", r, index=i) for i in range(r.sampling.n)]
+    )
     body = {CHAT: {"messages": HI}, TEXT: {"prompt": "a"}}.get(path, {}) | extra
     assert here.post(path, json.dumps(body).encode()).status in (200, 400, 404)

@@ -55,9 +55,10 @@ def test_chat_with_every_switch_that_the_client_knows(client):
     reply = client.chat.completions.create(
         messages=[{"role": "developer", "content": "Be brief."}, *CHAT],
         model="org/tiny", max_completion_tokens=4, n=2, seed=7, stop=["\n\n"], logprobs=True, top_logprobs=2,
-        frequency_penalty=0.1, presence_penalty=0.1, logit_bias={"5": -100}, temperature=0.9, top_p=0.9, user="u",
-        metadata={"a": "b"}, store=False, service_tier="auto", response_format={"type": "text"},
-        extra_body={"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1, "min_tokens": 1, "ignore_eos": True},
+        frequency_penalty=0.1, presence_penalty=0.1, logit_bias={"5": -100}, temperature=0.9, top_p=0.9,
+        user="u", metadata={"a": "b"}, store=False, service_tier="auto", response_format={"type": "text"},
+        extra_body={"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1, "min_tokens": 1,
+                    "ignore_eos": True},
     )  # fmt: skip
     assert [choice.index for choice in reply.choices] == [0, 1]
     for choice in reply.choices:
@@ -69,7 +70,11 @@ def test_chat_with_every_switch_that_the_client_knows(client):
 def test_seed_repeats_and_another_seed_differs(client):
     def text(seed):
         options = {"model": "org/tiny", "max_tokens": 16, "temperature": 1.5, "seed": seed}
-        return client.completions.create(prompt="The sky", extra_body={"ignore_eos": True}, **options).choices[0].text
+        return (
+            client.completions.create(prompt="The sky", extra_body={"ignore_eos": True}, **options)
+            .choices[0]
+            .text
+        )
 
     assert text(1) == text(1) != text(2)
 
@@ -97,14 +102,20 @@ def test_echo_scores_the_prompt_the_same_alone_and_with_an_answer(client):
     assert scores.token_logprobs[0] is None and all(score < 0 for score in scores.token_logprobs[1:])
     length = len(scores.tokens)
     assert more.choices[0].logprobs.tokens[:length] == scores.tokens
-    assert more.choices[0].logprobs.token_logprobs[1:length] == pytest.approx(scores.token_logprobs[1:], abs=1e-4)
+    assert more.choices[0].logprobs.token_logprobs[1:length] == pytest.approx(
+        scores.token_logprobs[1:], abs=1e-4
+    )
 
 
 def test_stop_string_ends_the_text_before_it(client):
-    whole = client.completions.create(prompt="The sky", **greedy(max_tokens=24, extra_body={"ignore_eos": True}))
+    whole = client.completions.create(
+        prompt="The sky", **greedy(max_tokens=24, extra_body={"ignore_eos": True})
+    )
     text = whole.choices[0].text
     stop = text[len(text) // 2 :][:2]
-    cut = client.completions.create(prompt="The sky", **greedy(max_tokens=24, stop=stop, extra_body={"ignore_eos": True}))
+    cut = client.completions.create(
+        prompt="The sky", **greedy(max_tokens=24, stop=stop, extra_body={"ignore_eos": True})
+    )
     assert cut.choices[0].text == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
 
@@ -152,7 +163,9 @@ def test_32_clients_at_once_each_get_their_own_answer(server):
         return "".join([chunk.choices[0].text async for chunk in chunks])
 
     async def all_streams():
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60
+        ) as client:
             return await asyncio.gather(*(stream(client, prompt) for prompt in prompts))
 
     with concurrent.futures.ThreadPoolExecutor(32) as pool:

@@ -30,7 +30,11 @@ def test_unknown_model_is_404(client):
     response = client().get("/v1/models/nope/x")
     assert response.status == 404
     error = response.json()["error"]
-    assert (error["code"], error["param"], error["type"]) == ("model_not_found", "model", "invalid_request_error")
+    assert (error["code"], error["param"], error["type"]) == (
+        "model_not_found",
+        "model",
+        "invalid_request_error",
+    )
 
 
 @pytest.mark.parametrize("prefix", ["/v1", ""])
@@ -59,7 +63,10 @@ def test_detokenize_speaks_every_dialect(client, model):
     here = client()
     ids = model.tokenizer.encode("<|im_start|>a")
     assert here.post("/detokenize", {"tokens": [ids, ids]}).json()["text"] == ["a", "a"]
-    assert here.post("/detokenize", {"tokens": ids, "skip_special_tokens": False}).json()["text"] == "<|im_start|>a"
+    assert (
+        here.post("/detokenize", {"tokens": ids, "skip_special_tokens": False}).json()["text"]
+        == "<|im_start|>a"
+    )
     assert here.post("/detokenize", {"tokens": []}).json()["text"] == ""
 
 

@@ -14,18 +14,19 @@ NUM_LAYERS = 3
 class Case:
     """Random rows over randomly ordered pages; every slot that no row owns holds NaN."""
 
-    def __init__(self, rows, *, heads=4, kv_heads=2, head_dim=16, page_size=4, dtype=torch.float32, layer=1, seed=0):
+    def __init__(self, rows, *, heads=4, kv_heads=2, head_dim=16, page_size=4, dtype=torch.float32, layer=1):
         """rows: (query_len, context_len) of each."""
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         self.scale, self.layer = head_dim**-0.5, layer
         self.query_lens = [row[0] for row in rows]
         self.context_lens = [row[1] for row in rows]
         self.query_starts = [sum(self.query_lens[:row]) for row in range(len(rows))]
         needed = [-(-length // page_size) for length in self.context_lens]
         order = list(range(sum(needed) + 2))
-        random.Random(seed).shuffle(order)
+        random.Random(0).shuffle(order)
         self.page_table = torch.zeros(len(rows), max(needed) + 1, dtype=torch.int64)
-        self.kv = torch.full((len(order), NUM_LAYERS, 2, page_size, kv_heads, head_dim), float("nan"), dtype=dtype)
+        shape = (len(order), NUM_LAYERS, 2, page_size, kv_heads, head_dim)
+        self.kv = torch.full(shape, float("nan"), dtype=dtype)
         self.keys = [torch.randn(n, kv_heads, head_dim).to(dtype) for n in self.context_lens]
         self.values = [torch.randn(n, kv_heads, head_dim).to(dtype) for n in self.context_lens]
         self.q = torch.randn(sum(self.query_lens), heads, head_dim).to(dtype)
@@ -34,8 +35,9 @@ class Case:
             pages = torch.tensor([order.pop() for _ in range(needed[row])])
             self.page_table[row, : needed[row]] = pages
             own = (pages[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
-            earlier = slot_index(own[: length - count], self.kv)
-            write_kv(self.kv, layer, earlier, self.keys[row][: length - count], self.values[row][: length - count])
+            earlier = slice(length - count)
+            index = slot_index(own[earlier], self.kv)
+            write_kv(self.kv, layer, index, self.keys[row][earlier], self.values[row][earlier])
             slots.append(own[length - count :])
         self.slots = torch.cat(slots)
 

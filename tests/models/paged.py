@@ -33,15 +33,17 @@ class PagedRun:
 
         Returns logits of every new token, one [num_new, vocab_size] a row.
         """
+        page_size = self.page_size
         positions, slots, lens, contexts = [], [], [], []
         for name, tokens in rows:
             pages = self.pages.setdefault(name, [])
             start = self.computed.get(name, 0)
             self.computed[name] = end = start + len(tokens)
-            while len(pages) * self.page_size < end:
+            while len(pages) * page_size < end:
                 pages.append(self.free.pop())
             positions += range(start, end)
-            slots += [pages[at // self.page_size] * self.page_size + at % self.page_size for at in range(start, end)]
+            for at in range(start, end):
+                slots.append(pages[at // page_size] * page_size + at % page_size)
             lens.append(len(tokens))
             contexts.append(end)
         widest = max(len(self.pages[name]) for name, _ in rows)
@@ -54,7 +56,7 @@ class PagedRun:
             context_lens=contexts,
             page_table=torch.tensor(table),
             kv=self.kv,
-            page_size=self.page_size,
+            page_size=page_size,
         )
         with torch.inference_mode():
             hidden = self.model(torch.tensor([token for _, tokens in rows for token in tokens]), ctx)

@@ -122,7 +122,8 @@ def test_ragged_batches_give_the_logits_of_transformers(case, prompts):
     for number, step in enumerate(plan):
         if number == 2:
             run.drop("gone")
-        rows = [(name, (prompts[name][done[name] :] if name in done else prompts["a"])[:n]) for name, n in step]
+        left = {name: prompts[name][done[name] :] for name in done} | {"gone": prompts["a"]}
+        rows = [(name, left[name][:count]) for name, count in step]
         for (name, tokens), logits in zip(rows, run.step(rows)):
             if name in got:
                 got[name].append(logits)

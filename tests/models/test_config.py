@@ -71,7 +71,8 @@ def test_config_agrees_with_transformers(tmp_path, arch):
     ours, theirs = load_config(open_checkpoint(path)), AutoConfig.from_pretrained(path)
     pairs = {
         "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads", "intermediate_size": "intermediate_size", "vocab_size": "vocab_size",
+        "num_kv_heads": "num_key_value_heads", "intermediate_size": "intermediate_size",
+        "vocab_size": "vocab_size",
         "max_position": "max_position_embeddings", "rms_norm_eps": "rms_norm_eps",
         "tie_word_embeddings": "tie_word_embeddings", "bos_token_id": "bos_token_id",
     }  # fmt: skip
@@ -83,7 +84,8 @@ def test_config_agrees_with_transformers(tmp_path, arch):
 @pytest.mark.parametrize("rope", ["default", "linear", "yarn", "llama3"])
 def test_rope_scaling_is_the_same_in_both_spellings_and_in_gguf(tmp_path, rope):
     old = load_config(open_checkpoint(make_tiny(tmp_path / "4", "llama", rope=rope)))
-    assert old.rope == load_config(open_checkpoint(make_tiny(tmp_path / "5", "llama", rope=rope, spelling=5))).rope
+    new = load_config(open_checkpoint(make_tiny(tmp_path / "5", "llama", rope=rope, spelling=5)))
+    assert old.rope == new.rope
     assert old.rope.kind == rope and old.rope.theta == 50000.0
     packed = load_config(open_checkpoint(make_tiny(tmp_path / "g", "llama", rope=rope, fmt="gguf")))
     # GGUF holds llama3's factors as a tensor
@@ -173,7 +175,10 @@ REFUSED = {
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "partial rotary inside": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     "layer types": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-    "window": ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "use_sliding_window"),
+    "window": (
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+        "use_sliding_window",
+    ),
     "missing size": ({"hidden_size": None}, "hidden_size is missing"),
     "text size": ({"hidden_size": "64"}, "hidden_size must be a whole number"),
     "boolean size": ({"num_hidden_layers": True}, "num_hidden_layers must be"),
@@ -277,6 +282,7 @@ REFUSED_GGUF = {
     "huge width": ({"llama.embedding_length": 1 << 31}, "llama.embedding_length must be"),
     "eps NaN": ({"llama.attention.layer_norm_rms_epsilon": math.nan}, "layer_norm_rms_epsilon"),
     "vocabulary too large": ({"tokenizer.ggml.tokens": ["t"] * 17}, "tokenizer.ggml.tokens"),
+    "token types as number": ({"tokenizer.ggml.token_type": 3}, "tokenizer.ggml.token_type"),
     "token types": ({"tokenizer.ggml.token_type": [1]}, "tokenizer.ggml.token_type"),
     "eos outside": ({"tokenizer.ggml.eos_token_id": 16}, "tokenizer.ggml.eos_token_id"),
 }  # fmt: skip
@@ -325,13 +331,15 @@ def test_generation_defaults_are_what_the_model_says(tmp_path):
 
 
 def test_generation_defaults_come_from_gguf_metadata_too():
-    metadata = {"general.sampling.temp": 0.5, "general.sampling.top_k": 40, "general.sampling.penalty_repeat": 1.1}
+    said = {"temp": 0.5, "top_k": 40, "penalty_repeat": 1.1}
+    metadata = {f"general.sampling.{name}": value for name, value in said.items()}
     expected = GenerationDefaults(temperature=0.5, top_k=40, repetition_penalty=1.1)
     assert load_generation_defaults(gguf(metadata)) == expected
 
 
 @pytest.mark.parametrize(
-    "name, value", [("temperature", -1), ("temperature", "0.7"), ("top_p", 1.5), ("top_k", 2.5), ("min_p", math.nan)]
+    "name, value",
+    [("temperature", -1), ("temperature", "0.7"), ("top_p", 1.5), ("top_k", 2.5), ("min_p", math.nan)],
 )
 def test_generation_defaults_out_of_range_are_refused(tmp_path, name, value):
     with pytest.raises(ModelError, match=f"generation_config.json: {name} must be"):

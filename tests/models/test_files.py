@@ -39,13 +39,13 @@ def tensor(name: str, dims: list[int], kind: int, offset: int, num_dims: int | N
 
 
 def build(
-    keys=(), tensors=(), data=b"\0" * 256, *, magic=b"GGUF", version=3, num_keys=None, num_tensors=None, align=32
+    keys=(), tensors=(), data=b"\0" * 256, *, magic=b"GGUF", version=3, num_keys=None, num_tensors=None
 ) -> bytes:
     """A GGUF file from raw parts, the counts forged where asked."""
     num_keys = len(keys) if num_keys is None else num_keys
     num_tensors = len(tensors) if num_tensors is None else num_tensors
     head = magic + struct.pack("<IQQ", version, num_tensors, num_keys) + b"".join(keys) + b"".join(tensors)
-    return head + b"\0" * (-len(head) % align) + data
+    return head + b"\0" * (-len(head) % 32) + data
 
 
 ARCH = key("general.architecture", STRING, text("llama"))
@@ -120,7 +120,8 @@ def test_the_unbroken_form_of_the_broken_files_opens(tmp_path):
     names = key("s", ARRAY, array(STRING, 2, text("é") + text("")))
     path.write_bytes(build([ARCH, nested, names], [GOOD, tensor("b", [32, 2], 8, 64)]))
     checkpoint = open_checkpoint(path)
-    assert checkpoint.metadata == {"general.architecture": "llama", "n": [[1], [False, True]], "s": ["é", ""]}
+    expected = {"general.architecture": "llama", "n": [[1], [False, True]], "s": ["é", ""]}
+    assert checkpoint.metadata == expected
     assert checkpoint.tensors["b"].shape == (2, 32) and checkpoint.tensors["b"].nbytes == 68
     assert checkpoint.tensors["b"].offset == os.path.getsize(path) - 256 + 64
 
@@ -190,7 +191,8 @@ def test_real_header_with_a_large_vocabulary_opens_in_well_under_a_second(qwen_c
 
 def test_opening_a_gguf_loads_no_tensor_library(smollm2):
     code = (
-        "import sys; from crane.models.files import open_checkpoint; from crane.models.config import load_config;"
+        "import sys; from crane.models.files import open_checkpoint;"
+        "from crane.models.config import load_config;"
         f"load_config(open_checkpoint({str(smollm2)!r}));"
         "print(sorted({'torch', 'numpy', 'gguf', 'safetensors', 'transformers'} & set(sys.modules)))"
     )
@@ -210,7 +212,8 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-TWICE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+ONE = b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+TWICE = b"{" + ONE + b"," + ONE + b"}"
 BROKEN_SAFETENSORS = {
     "empty": (b"", "too short"),
     "length past the end": (raw_safetensors({}, length=1 << 40), "cannot be right"),

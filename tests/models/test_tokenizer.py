@@ -263,6 +263,12 @@ def test_added_token_ids_that_contradict_each_other_are_refused(tmp_path):
         load_tokenizer(folder(tmp_path, byte_level(), tokenizer_config=config))
 
 
+@pytest.mark.parametrize("added", [{"5": "<a>"}, {"x": {"content": "<a>"}}, {"5": {}}, ["<a>"]])
+def test_malformed_added_tokens_are_refused(tmp_path, added):
+    with pytest.raises(ModelError, match="tokenizer_config.json: malformed entry"):
+        load_tokenizer(folder(tmp_path, byte_level(), tokenizer_config={"added_tokens_decoder": added}))
+
+
 def test_ids_with_gaps_survive_both_ways_of_parsing(tmp_path):
     data = json.loads(byte_level().to_str())
     gap = {"id": 1000, "content": "<gap>", "special": True}

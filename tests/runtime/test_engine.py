@@ -106,6 +106,20 @@ def test_choices_of_one_request_differ_and_do_not_depend_on_their_number(tiny):
     assert len({tuple(three["a", index][0]) for index in range(3)}) == 3
 
 
+def test_ending_one_choice_leaves_its_siblings_and_is_no_abort_in_the_stats(tiny):
+    import msgspec
+
+    engine = make_engine(tiny)
+    engine.add(Generate("a", PROMPTS[2], msgspec.structs.replace(SAMPLED, n=2)))
+    engine.step()
+    (ended,) = engine.abort("a", 0)
+    assert (ended.index, ended.finish_reason, ended.usage.completion_tokens) == (0, "abort", 1)
+    got = run(engine, [])
+    assert list(got) == [("a", 1)] and len(got["a", 1][0]) == SAMPLED.max_tokens - 1
+    assert (engine.stats().completed_requests, engine.stats().aborted_requests) == (1, 0)
+    assert engine.abort("a") == [] and engine.abort("nobody") == []
+
+
 def test_requests_without_a_seed_differ(tiny):
     engine = make_engine(tiny)
     params = SamplingParams(temperature=2.0, max_tokens=16, ignore_eos=True)

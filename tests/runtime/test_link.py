@@ -109,6 +109,11 @@ async def until(condition, timeout_s: float = 10.0) -> None:
             await asyncio.sleep(0.01)
 
 
+def fake(*arguments: str) -> subprocess.CompletedProcess:
+    """An engine process run to its end."""
+    return subprocess.run([*FAKE, *arguments], capture_output=True, text=True, timeout=30)
+
+
 def gone(pid: int) -> bool:
     """Whether the process has ended; one that nobody has waited for yet counts as ended."""
     try:
@@ -173,7 +178,8 @@ def test_the_engine_answers_while_it_loads_and_tells_how_far_it_is(scene):
 def test_a_killed_engine_fails_every_open_stream_at_once_and_a_new_one_serves(scene):
     async def script():
         links = await scene.ready(2)
-        streams = [link.open([request(f"r{i}", LONG, n=2), request(f"s{i}", LONG)]) for i, link in enumerate(links)]
+        groups = [[request(f"r{i}", LONG, n=2), request(f"s{i}", LONG)] for i in range(2)]
+        streams = [link.open(group) for link, group in zip(links, groups, strict=True)]
         for stream in streams:
             await stream.accepted()
             await stream.next()
@@ -182,8 +188,8 @@ def test_a_killed_engine_fails_every_open_stream_at_once_and_a_new_one_serves(sc
         started = time.monotonic()
         for stream in streams:
             outputs = await collect(stream)
-            lost = sorted((output.rid[0], output.index) for output in outputs if output.finish_reason == "error")
-            assert lost == [("r", 0), ("r", 1), ("s", 0)]
+            lost = [output for output in outputs if output.finish_reason == "error"]
+            assert sorted((output.rid[0], output.index) for output in lost) == [("r", 0), ("r", 1), ("s", 0)]
             assert "engine_lost" in outputs[-1].error
         assert time.monotonic() - started < 0.5
         assert {link.state.status for link in links} == {"lost"}
@@ -372,6 +378,8 @@ def test_the_engine_leaves_its_arbiters_orphaned_workers_too(scene):
         (link,) = await scene.ready()
         scene.arbiter.kill()
         await until(lambda: gone(scene.starts[0]))
+        await asyncio.sleep(0.3)
+        assert len(scene.starts) == 1 and not scene.halts and link.state.status == "lost"
 
     play(scene, script)
 
@@ -432,6 +440,25 @@ def test_a_stale_socket_does_not_block(scene):
         left.close()
         assert scene.place.socket.is_socket()
         await scene.ready(2)
+        assert len(scene.starts) == 1
+
+    play(scene, script)
+
+
+def test_an_engine_that_is_still_starting_is_waited_for(scene):
+    """Its starter was killed before it listened: a second one would take its memory."""
+
+    async def script():
+        starting = subprocess.Popen(["sleep", "600"])
+        with launch.locked(scene.place) as fd:
+            launch.write_record(fd, launch.Record(True, 0, pid=starting.pid, started_s=time.time()))
+        link = scene.link()
+        link.start()
+        await asyncio.sleep(0.5)
+        assert scene.starts == []
+        starting.kill()
+        starting.wait()
+        await link.ready(10)
         assert len(scene.starts) == 1
 
     play(scene, script)
@@ -503,7 +530,8 @@ def test_a_worker_that_reads_nothing_is_cut_and_nobody_else_notices(scene):
 
 @pytest.mark.parametrize(
     "junk",
-    [b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff\xff\xff", pack(request("r")), pack(State("ready")), b"\x01\x00\x00\x00\xc1"],
+    [b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff\xff\xff", pack(request("r")), pack(State("ready")),
+     b"\x01\x00\x00\x00\xc1"],
     ids=["http", "huge frame", "no hello", "wrong side", "no msgpack"],
 )
 def test_junk_on_the_socket_is_cut(scene, junk):
@@ -578,7 +606,8 @@ def test_leftovers_of_killed_servers_are_swept_and_live_ones_stay(scene, own_run
     os.utime(folder / f"{dead.pid}-a.sock.lock", (0, 0))
     (folder / f"{dead.pid}-b.sock.lock").touch()
     launch.sweep()
-    assert {path.name for path in folder.iterdir()} == {f"{scene.arbiter.pid}-a.sock", f"{dead.pid}-b.sock.lock"}
+    left = {path.name for path in folder.iterdir()}
+    assert left == {f"{scene.arbiter.pid}-a.sock", f"{dead.pid}-b.sock.lock"}
 
 
 def test_a_given_engine_socket_is_used_and_never_started(scene, tmp_path):
@@ -595,8 +624,7 @@ def test_a_given_engine_socket_is_used_and_never_started(scene, tmp_path):
         engine = subprocess.Popen([*FAKE, "--socket", str(path), f"CRANE_MODEL_PATH={scene.folder}"])
         try:
             assert (await until_ready(link)).pid == engine.pid
-            second = subprocess.run([*FAKE, "--socket", str(path), f"CRANE_MODEL_PATH={scene.folder}"],
-                                    capture_output=True, text=True)
+            second = fake("--socket", str(path), f"CRANE_MODEL_PATH={scene.folder}")
             assert second.returncode == 1 and second.stderr == f"crane: another engine listens on {path}\n"
             assert len(await collect(link.open([request("r")]))) == 3
         finally:
@@ -608,11 +636,10 @@ def test_a_given_engine_socket_is_used_and_never_started(scene, tmp_path):
 
 def test_an_engine_nobody_listens_to_says_in_one_line_why_it_failed(scene, tmp_path):
     scene.say("broken", "no such tensor")
-    command = [*FAKE, "--socket", str(tmp_path / "s"), f"CRANE_MODEL_PATH={scene.folder}", "CRANE_LOG_LEVEL=error"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    run = fake("--socket", str(tmp_path / "s"), f"CRANE_MODEL_PATH={scene.folder}", "CRANE_LOG_LEVEL=error")
     assert run.returncode == 1
     assert run.stderr == f"crane: cannot serve {scene.folder}: no such tensor\n"
-    run = subprocess.run([*FAKE, "--socket", "/s", "CRANE_PORT=high"], capture_output=True, text=True, timeout=30)
+    run = fake("--socket", "/s", "CRANE_PORT=high")
     assert (run.returncode, run.stderr) == (1, "crane: CRANE_PORT must be a whole number, got 'high'\n")
 
 
@@ -627,6 +654,12 @@ def test_the_record_survives_a_cut_write(scene):
             assert second is None
     with launch.locked(scene.place) as fd:
         assert fd is not None
+
+
+def test_outside_gunicorn_a_process_shares_its_engine_with_nobody():
+    import gunicorn.arbiter  # noqa: F401  being there is not being its worker
+
+    assert launch.own_arbiter() == os.getpid()
 
 
 def test_claims_are_given_once_per_arbiter(scene):
@@ -654,7 +687,7 @@ def test_threads_can_use_a_link_too(scene):
         os.kill(scene.starts[0], signal.SIGSTOP)
         waiting = link.open([request("t", 2)])
         assert waiting.next(0.1) is None
-        with pytest.raises(EngineError, match="did not answer"):
+        with pytest.raises(EngineError, match="no answer"):
             waiting.accepted(0.1)
         os.kill(scene.starts[0], signal.SIGCONT)
 

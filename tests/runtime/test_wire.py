@@ -14,7 +14,7 @@ from crane.runtime.wire import FrameReader, WireError, pack
 INFO = EngineInfo(1, "/m", "llama", "float32", "cpu", 2048, 1000, 10, 16, 32, 16)
 TO_ENGINE = [
     Hello(1, 42, "0.1"),
-    Generate("r", [1, 2, 3], SamplingParams(stop=("a", "b"), logit_bias={5: -1.5}, seed=-(2**63), logprobs=0)),
+    Generate("r", [1, 2], SamplingParams(stop=("a", "b"), logit_bias={5: -1.5}, seed=-(2**63), logprobs=0)),
     Abort(None),
     Abort("r"),
     Call(7, "stats", {"deep": [1, None]}),
@@ -25,9 +25,10 @@ TO_API = [
     Accepted("r"),
     Rejected("r", "queue_full", "full", 1.5),
     Step([
-        Output("r", 0, [5], logprobs=[TokenLogprob(-0.5, [1], [-0.25])], prompt_logprobs=[None, TokenLogprob(-1.0)]),
+        Output("r", 0, [5], logprobs=[TokenLogprob(-0.5, [1], [-0.25])],
+               prompt_logprobs=[None, TokenLogprob(-1.0)]),
         Output("r", 1, [], finish_reason="stop", matched_id=3, usage=Usage(3, 9, 2, 0.1, 0.2, 0.3)),
-        Output("é\ud83d".encode("utf-8", "replace").decode(), 2, [], finish_reason="error", error="why"),
+        Output("é中🙂", 2, [], finish_reason="error", error="why"),
     ]),
     Reply(7, {"a": 1}, None),
 ]
