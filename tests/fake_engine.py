@@ -36,7 +36,7 @@ class FakeEngine:
         if self._said("broken"):
             raise ModelError(self._said("broken"))
         self.settings = settings
-        self.running: dict[str, int] = {}  # rid: the next token
+        self.running: dict[tuple[str, int], int] = {}  # (rid, choice): the next token
         self.requests: dict[str, Generate] = {}
         self.num_added = 0
         self.info = EngineInfo(
@@ -60,42 +60,39 @@ class FakeEngine:
         if kind == REFUSE:
             return Rejected(request.rid, "queue_full", "too many", 2.0)
         self.requests[request.rid] = request
-        self.running[request.rid] = 0
+        self.running |= {(request.rid, index): 0 for index in range(request.sampling.n)}
         self.num_added += 1
         return Accepted(request.rid)
 
     def abort(self, rid: str | None, index: int | None = None) -> list[Output]:
-        return self._end([rid] if rid else list(self.running), "abort")
+        keys = [key for key in self.running if rid in (None, key[0]) and index in (None, key[1])]
+        return self._end(keys, "abort")
 
     def fail_all(self, message: str) -> list[Output]:
         return self._end(list(self.running), "error", message)
 
-    def _end(self, rids, reason: str, message: str | None = None) -> list[Output]:
-        ended = []
-        for rid in rids:
-            if self.running.pop(rid, None) is not None:
-                n = self.requests[rid].sampling.n
-                ended += [Output(rid, index, [], finish_reason=reason, error=message) for index in range(n)]
-        return ended
+    def _end(self, keys, reason: str, message: str | None = None) -> list[Output]:
+        for key in keys:
+            del self.running[key]
+        return [Output(*key, [], finish_reason=reason, error=message) for key in keys]
 
     def step(self) -> list[Output]:
         time.sleep(STEP_S)
-        kinds = [self.requests[rid].prompt_ids[0] for rid in self.running]
+        kinds = [self.requests[rid].prompt_ids[0] for rid, _ in self.running]
         if BREAK_STEP in kinds or BREAK_EVERY_STEP in kinds:
             if BREAK_EVERY_STEP in kinds:
                 self.step = self._broken
             raise RuntimeError("step is broken")
         outputs = []
-        for rid, token in list(self.running.items()):
+        for (rid, index), token in list(self.running.items()):
             request = self.requests[rid]
             last = token + 1 == request.sampling.max_tokens
             token_ids = [token] * (10_000 if request.prompt_ids[0] == FLOOD else 1)
             usage = Usage(1, token + 1) if last else None
-            outputs += [Output(rid, index, token_ids, finish_reason="length" if last else None, usage=usage)
-                        for index in range(request.sampling.n)]
-            self.running[rid] = token + 1
+            outputs.append(Output(rid, index, token_ids, finish_reason="length" if last else None, usage=usage))
+            self.running[rid, index] = token + 1
             if last:
-                del self.running[rid]
+                del self.running[rid, index]
         return outputs
 
     def _broken(self) -> list[Output]:

@@ -1,6 +1,5 @@
 """The parts decoders are made of. Each owns its weights; what varies by step is an argument."""
 
-import copy
 import math
 
 import torch
@@ -92,9 +91,8 @@ class Rope:
         if weights.has("rope_freqs.weight"):
             # GGUF keeps the divisors that llama3 scaling amounts to instead of its parameters;
             # rounded to bfloat16 they would turn far positions by whole radians
-            exact = copy.copy(weights)
-            exact.dtype = torch.float32
-            self.inv_freq = self.inv_freq / exact.tensor("rope_freqs.weight", (config.head_dim // 2,))
+            divisors = weights.tensor("rope_freqs.weight", (config.head_dim // 2,), torch.float32)
+            self.inv_freq = self.inv_freq / divisors
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: int64 [num_tokens]. Returns the `rope_tables` of its tokens."""

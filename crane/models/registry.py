@@ -16,15 +16,11 @@ from crane.models.weights import Weights
 _MODELS: dict[str, type[Decoder]] = {}
 
 
-def architecture(*names: str, gguf: str, model_type: str) -> Callable[[type[Decoder]], type[Decoder]]:
-    """Enter a class as the one that runs `model_type`.
-
-    names: what `architectures` of a config.json may say; gguf: `general.architecture`.
-    """
+def architecture(model_type: str) -> Callable[[type[Decoder]], type[Decoder]]:
+    """Enter a class as the one that runs `model_type`, a name of `models.config`."""
 
     def enter(cls: type[Decoder]) -> type[Decoder]:
         assert model_type not in _MODELS, model_type
-        cls.names, cls.gguf = names, gguf
         _MODELS[model_type] = cls
         return cls
 

@@ -65,18 +65,21 @@ class Weights:
         """Whether the checkpoint holds `name`."""
         return self._stored_name(name) in self.checkpoint.tensors
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor called `name`. Raises ModelError when it is missing or has another shape."""
-        return self.rows([name], [shape])
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor called `name`, in `dtype` instead of the model's own when given.
 
-    def rows(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
+        Raises ModelError when it is missing or has another shape.
+        """
+        return self.rows([name], [shape], dtype)
+
+    def rows(self, names: list[str], shapes: list[tuple[int, ...]], dtype: torch.dtype | None = None) -> Tensor:
         """Several tensors, one below the other along dimension 0, in one allocation.
 
         Raises ModelError naming the tensor that is missing, misshapen or unreadable.
         """
         infos = [self._find(name, tuple(shape)) for name, shape in zip(names, shapes, strict=True)]
         num_rows = sum(shape[0] for shape in shapes)
-        out = torch.empty((num_rows, *shapes[0][1:]), dtype=self.dtype, device=self.device)
+        out = torch.empty((num_rows, *shapes[0][1:]), dtype=dtype or self.dtype, device=self.device)
         start = 0
         for name, info in zip(names, infos):
             self._fill(out[start : start + info.shape[0]], name, info)
@@ -125,13 +128,13 @@ class Weights:
         num_heads = self._permuted_heads(name)
         # the pieces are written by the CPU, in the file's order of rows
         direct = self.device.type == "cpu" and not num_heads
-        target = out if direct else torch.empty(out.shape, dtype=self.dtype)
+        target = out if direct else torch.empty(out.shape, dtype=out.dtype)
         self._read(info, target.view(-1))
         if num_heads:
             target = _unpermute(target, num_heads)
         if not direct:
             out.copy_(target)
-        if self.dtype == torch.float16 and not torch.isfinite(out).all():
+        if out.dtype == torch.float16 and not torch.isfinite(out).all():
             raise ModelError(f"{info.path}: tensor {show(info.name)} exceeds the range of float16")
         if info.name not in self.used:
             self.used.add(info.name)

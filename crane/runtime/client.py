@@ -35,12 +35,12 @@ POLL_S = 0.05
 
 
 class _Connection(asyncio.Protocol):
-    """One connection to an engine. `greeting` is its first State, or None when it ends without one."""
+    """One connection to an engine. greeting: True once it has spoken, False when it ends silent."""
 
     def __init__(self, link: "Link"):
         self._link = link
         self._reader = FrameReader("api")
-        self.greeting: asyncio.Future[State | None] = asyncio.get_running_loop().create_future()
+        self.greeting: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.lost = asyncio.Event()
         self.transport: asyncio.Transport | None = None
 
@@ -51,17 +51,17 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for message in self._reader.feed(data):
-                if not self.greeting.done() and isinstance(message, State):
-                    self.greeting.set_result(message)
-                else:
-                    self._link.receive(message)
+                if not self.greeting.done():  # the first message is a State
+                    self._link.adopt(self)
+                    self.greeting.set_result(True)
+                self._link.receive(message)
         except WireError as error:
             log.error("the engine's link is cut: %s", error)
             self.transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.greeting.done():
-            self.greeting.set_result(None)
+            self.greeting.set_result(False)
         self.lost.set()
 
 
@@ -187,6 +187,10 @@ class Link:
     def ended(self, rid: str) -> None:
         self._streams.pop(rid, None)
 
+    def adopt(self, connection: _Connection) -> None:
+        """An engine has answered: from now on this is the connection."""
+        self._connection = connection
+
     def receive(self, message) -> None:
         if isinstance(message, Step):
             for output in message.outputs:
@@ -233,8 +237,6 @@ class Link:
                 log.exception("cannot reach the engine")
                 self._set(State("lost", reason=f"cannot reach the engine: {type(error).__name__}"))
             if connection is not None:
-                self._connection = connection
-                self.receive(connection.greeting.result())
                 await connection.lost.wait()
                 self._drop()
             await asyncio.sleep(RETRY_S if self.state.status == "failed" else POLL_S)
@@ -307,11 +309,11 @@ class Link:
         except (FileNotFoundError, ConnectionError):
             return None
         try:
-            greeting = await asyncio.wait_for(connection.greeting, GREETING_S)
+            greeted = await asyncio.wait_for(connection.greeting, GREETING_S)
         except TimeoutError:
             connection.transport.abort()
             raise OSError(f"it accepts connections on {self._place.socket} and says nothing") from None
-        return connection if greeting is not None else None
+        return connection if greeted else None
 
     async def _start_engine(self, fd: int, record: launch.Record) -> _Connection | None:
         """Start it and wait until it listens. Holding the lock `fd`, so that nobody starts a second one."""

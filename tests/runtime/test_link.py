@@ -248,6 +248,27 @@ def test_any_link_may_abort_and_the_owner_gets_the_last_output(scene):
     play(scene, script)
 
 
+def test_one_choice_of_a_request_may_end_alone(scene):
+    async def script():
+        (link,) = await scene.ready()
+        stream = link.open([request("r", LONG, n=3)])
+        await stream.accepted()
+        link.abort("r", 1)
+        ended = [output for output in await collect_until_last(stream) if output.finish_reason]
+        assert [(output.index, output.finish_reason) for output in ended] == [(1, "abort")]
+        assert not stream.finished and {output.index for output in await stream.next()} == {0, 2}
+
+    play(scene, script)
+
+
+async def collect_until_last(stream) -> list:
+    """Outputs until one of them ends a choice."""
+    outputs = []
+    while not any(output.finish_reason for output in outputs):
+        outputs += await stream.next()
+    return outputs
+
+
 def test_a_rid_in_use_is_refused_on_the_same_link_and_on_another(scene):
     async def script():
         one, two = await scene.ready(2)

@@ -4,7 +4,7 @@ from crane.models.decoder import Decoder
 from crane.models.registry import architecture
 
 
-@architecture("HunYuanDenseV1ForCausalLM", gguf="hunyuan-dense", model_type="hunyuan")
+@architecture("hunyuan")
 class HunyuanDense(Decoder):
     """Query and key heads are normalised after the rotation, whose base alpha has stretched."""
 

@@ -4,6 +4,6 @@ from crane.models.decoder import Decoder
 from crane.models.registry import architecture
 
 
-@architecture("LlamaForCausalLM", gguf="llama", model_type="llama")
+@architecture("llama")
 class Llama(Decoder):
     """Optional biases of attention and MLP come from the config."""

@@ -4,6 +4,6 @@ from crane.models.decoder import Decoder
 from crane.models.registry import architecture
 
 
-@architecture("Qwen2ForCausalLM", gguf="qwen2", model_type="qwen25")
+@architecture("qwen25")
 class Qwen2(Decoder):
     """The q, k and v projections have biases, the output has none."""

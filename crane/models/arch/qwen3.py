@@ -4,7 +4,7 @@ from crane.models.decoder import Decoder
 from crane.models.registry import architecture
 
 
-@architecture("Qwen3ForCausalLM", gguf="qwen3", model_type="qwen3")
+@architecture("qwen3")
 class Qwen3(Decoder):
     """Query and key heads are normalised before the rotation; head_dim is the config's own."""
 
