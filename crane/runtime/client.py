@@ -147,7 +147,8 @@ class Link:
         answer = self._calls[number] = asyncio.get_running_loop().create_future()
         self._connection.transport.write(pack(Call(number, op, payload)))
         try:
-            reply = await asyncio.wait_for(answer, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                reply = await answer
         except TimeoutError:
             raise EngineError("internal", f"no answer to {op!r} within {timeout_s:g} s") from None
         finally:
@@ -309,7 +310,8 @@ class Link:
         except (FileNotFoundError, ConnectionError):
             return None
         try:
-            greeted = await asyncio.wait_for(connection.greeting, GREETING_S)
+            async with asyncio.timeout(GREETING_S):  # not wait_for: it can swallow stop()'s cancellation
+                greeted = await connection.greeting
         except TimeoutError:
             connection.transport.abort()
             raise OSError(f"it accepts connections on {self._place.socket} and says nothing") from None

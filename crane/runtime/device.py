@@ -40,8 +40,8 @@ def pick_dtype(settings: Settings, device: torch.device, checkpoint_dtype: str) 
 
 def set_threads(settings: Settings) -> None:
     """Give torch --threads threads, or one per core this process may use."""
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-                          else settings.threads or os.cpu_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(settings.threads or cores)
 
 
 def page_budget(settings: Settings, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
@@ -51,7 +51,8 @@ def page_budget(settings: Settings, config: ModelConfig, device: torch.device, d
     not even one sequence of --max-model-len fits.
     """
     size = page_bytes(config, settings.page_size, dtype)
-    budget = settings.kv_memory or int(free_memory_bytes(device) * (_CPU_SHARE if device.type != "cuda" else _GPU_SHARE))
+    share = _GPU_SHARE if device.type == "cuda" else _CPU_SHARE
+    budget = settings.kv_memory or int(free_memory_bytes(device) * share)
     longest = settings.max_model_len or config.max_position
     if settings.max_model_len > config.max_position:
         raise SettingsError(

@@ -44,7 +44,10 @@ class Sampler:
         self._seen: weakref.WeakKeyDictionary[Sequence, _Seen] = weakref.WeakKeyDictionary()
 
     def pick(self, logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
-        """One token, and its log-probability when asked for, per sequence. logits: float32 [rows, vocab], kept as is."""
+        """One token, and its log-probability when asked for, per sequence.
+
+        logits: float32 [rows, vocab], left as they are.
+        """
         raw = logits[:, : self.vocab_size]
         logits = raw.clone() if any(_changes_logits(s) for s in sequences) else raw
         self._penalise(logits, sequences)

@@ -63,7 +63,8 @@ def references(tiny):
         {},
         {"max_step_tokens": 8, "max_concurrent": 8},
         {"max_concurrent": 2, "decode_tokens_per_seq": 3},
-        {"page_size": 4, "kv_memory": 2 * 16 * 2 * 2 * 4 * 64, "max_model_len": 0},  # 16 pages: sequences are recomputed
+        # room for 16 pages: sequences have to be recomputed
+        {"page_size": 4, "kv_memory": 2 * 16 * 2 * 2 * 4 * 64, "max_model_len": 0},
     ],
     ids=["batched", "chunked", "taking turns", "recomputed"],
 )

@@ -69,7 +69,7 @@ class Scene:
                 os.kill(process, signal.SIGKILL)
         self.arbiter.wait()
         for path in launch.run_dir().glob(f"{self.arbiter.pid}-*"):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -366,6 +366,7 @@ def test_an_engine_whose_every_step_fails_is_replaced(scene):
             for number in range(100):
                 with contextlib.suppress(EngineError):
                     stream = link.open([request(str(number), kind=BREAK_EVERY_STEP)])
+                    await stream.accepted()
                     assert (await collect(stream))[-1].finish_reason == "error"
                 if link.state.status != "ready":
                     break
@@ -416,6 +417,17 @@ def test_the_engine_lingers_after_its_last_worker_and_a_new_one_can_start(scene)
         assert not scene.place.socket.exists()
         await scene.ready()
         assert len(scene.starts) == 2
+
+    play(scene, script)
+
+
+def test_a_link_may_stop_at_the_very_moment_it_is_ready(scene):
+    async def script():
+        for _ in range(3):
+            link = scene.link()
+            link.start()
+            await link.ready(10)
+            await asyncio.wait_for(link.stop(), 1)
 
     play(scene, script)
 
