@@ -89,7 +89,8 @@ class FakeEngine:
             last = token + 1 == request.sampling.max_tokens
             token_ids = [token] * (10_000 if request.prompt_ids[0] == FLOOD else 1)
             usage = Usage(1, token + 1) if last else None
-            outputs.append(Output(rid, index, token_ids, finish_reason="length" if last else None, usage=usage))
+            reason = "length" if last else None
+            outputs.append(Output(rid, index, token_ids, finish_reason=reason, usage=usage))
             self.running[rid, index] = token + 1
             if last:
                 del self.running[rid, index]
