@@ -19,7 +19,7 @@ from pathlib import Path
 from crane import __version__
 from crane.errors import CraneError
 from crane.runtime import launch
-from crane.runtime.settings import Settings
+from crane.runtime.settings import Settings, prefer_waiting_threads
 from crane.runtime.stepper import Stepper
 from crane.runtime.types import Abort, Call, EngineInfo, Generate, Hello, Rejected, Reply, State
 from crane.runtime.wire import PROTOCOL, FrameReader, WireError, pack
@@ -290,6 +290,7 @@ class Server:
 
 def load_engine(settings: Settings, progress: Callable[[int, int], None]):
     """The real engine. Imports torch, so it is called on the stepper's thread, after the socket is bound."""
+    prefer_waiting_threads()
     from crane.runtime.engine import Engine
 
     return Engine(settings, progress)

@@ -92,6 +92,15 @@ class Settings:
         return path.stem if path.suffix == ".gguf" else path.name
 
 
+def prefer_waiting_threads() -> None:
+    """Let OpenMP's threads sleep while they wait, unless the environment says otherwise. Call before torch loads.
+
+    By default they spin, which starves whoever shares the cores, API workers and clients first: served on two
+    cores, that made the whole two to three times slower (docs/performance.md).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def variable(name: str) -> str:
     """The environment variable of one setting."""
     return f"CRANE_{name.upper()}"
