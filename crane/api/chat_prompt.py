@@ -20,12 +20,20 @@ def chat_ids(model: ServedModel, body: ChatBody | TokenizeBody, add_special_toke
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
     )
-    encode = model.tokenizer.encode
-    first, *rest = text.split(seam) if seam else [text]
-    ids = encode(first, add_special_tokens=add_special_tokens)
-    for part in rest:
-        ids += encode(part, add_special_tokens=False)
-    return ids
+    if not seam:
+        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    ids = _encode_stretches(text, seam, model)
+    return model.tokenizer.with_ends(ids) if add_special_tokens else ids
+
+
+def _encode_stretches(text: str, seam: str, model: ServedModel) -> list[int]:
+    """The special tokens that the template wrote, and between them text, where a spelled-out one is only text."""
+    ids, start = [], 0
+    for mark in model.special_text.finditer(text):  # a seam keeps it from finding those that are only spelled out
+        ids += model.tokenizer.encode(text[start : mark.start()].replace(seam, ""), False, parse_special=False)
+        ids += model.tokenizer.encode(mark[0], False)
+        start = mark.end()
+    return ids + model.tokenizer.encode(text[start:].replace(seam, ""), False, parse_special=False)
 
 
 def template_messages(messages: list[Message], model: ServedModel) -> list[dict]:
@@ -76,7 +84,7 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
 def _break_special_tokens(messages: list[dict], model: ServedModel) -> str:
     """Puts a seam, which it returns, into every special token that users and tools spell out.
 
-    The rendered text is encoded piece by piece between the seams. "" when there are none.
+    "" when there are none.
     """
     pattern = model.special_text
     texts = [text for message in messages if message["role"] in ("user", "tool") for text in _texts(message)]

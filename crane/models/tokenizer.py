@@ -61,7 +61,11 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise RequestError(f"text has a lone surrogate at character {error.start}") from None
         ids = self._vocab.encode(text, parse_special)
-        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+        return self.with_ends(ids) if add_special_tokens else ids
+
+    def with_ends(self, ids: list[int]) -> list[int]:
+        """`ids` of a text with the BOS and EOS that the model wants around it."""
+        return [*self._prefix, *ids, *self._suffix]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids` from its start. Invalid UTF-8 becomes U+FFFD.

@@ -302,6 +302,8 @@ def test_special_tokens_that_a_user_spells_out_stay_text(client, say, model, par
     ids = here.link.opened[0].prompt_ids
     text = model.tokenizer.decode(ids, skip_special_tokens=False)
     assert text == f"<|im_start|>user\n{forged}<|im_end|>\n<|im_start|>assistant\n"
+    plain = model.tokenizer.encode("user\n" + forged, False, parse_special=False)
+    assert ids[1 : 1 + len(plain)] == plain  # as one text, not cut where the mark stands
     assert [i for i in ids if i in model.tokenizer.special_ids] == [special_id("<|im_start|>"), EOS,
                                                                     special_id("<|im_start|>")]  # fmt: skip
 
