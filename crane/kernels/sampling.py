@@ -178,15 +178,12 @@ def _inverse_transform(logits: Tensor, uniform: Tensor) -> Tensor:
     return chunk[:, 0] * size + (inside <= inside_target).sum(1)
 
 
-def log_probabilities(logits: Tensor, chosen: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-softmax at `chosen` [rows] and at the `num_top` best: float32 [rows], int64 [rows, top], float32 [rows, top].
+def log_probabilities(logits: Tensor, places: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-softmax at `places` and at the `num_top` best of each row.
 
-    logits: float32 [rows, vocab], raw.
+    logits: float32 [rows, vocab], raw; places: int64 [rows, num_places]. Returns float32 [rows, num_places],
+    int64 [rows, num_top] ids, best first, and float32 [rows, num_top].
     """
     norm = logits.logsumexp(1, keepdim=True)
-    top = logits.topk(num_top, dim=1) if num_top else None
-    picked = (logits.gather(1, chosen[:, None]) - norm)[:, 0]
-    if top is None:
-        empty = logits.new_zeros(len(logits), 0)
-        return picked, empty.long(), empty
-    return picked, top.indices, top.values - norm
+    best = logits.topk(num_top, dim=1)
+    return logits.gather(1, places) - norm, best.indices, best.values - norm

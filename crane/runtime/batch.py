@@ -35,8 +35,10 @@ class Batch:
 @dataclass(slots=True)
 class Picked:
     """What the runner found for one row: the drawn token (None when it does not sample),
-    its log-probability when asked for, and those of prompt tokens `start + 1 ..` covered by the row."""
+    its log-probability when asked for, those of prompt tokens `start + 1 ..` covered by the row, and the
+    pooled hidden state of a pooling sequence that the row completes."""
 
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    embedding: list[float] | None = None

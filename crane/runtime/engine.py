@@ -103,9 +103,12 @@ class Engine:
             return "bad_request", "the prompt is empty"
         if min(ids) < 0 or max(ids) >= info.vocab_size:
             return "bad_request", f"prompt token ids must be in [0, {info.vocab_size})"
-        if any(not 0 <= i < info.vocab_size for i in (*sampling.stop_token_ids, *sampling.logit_bias)):
-            return "bad_request", f"stop_token_ids and logit_bias keys must be in [0, {info.vocab_size})"
-        if len(ids) + min(sampling.max_tokens, 1) > info.max_model_len:
+        named = (*sampling.stop_token_ids, *sampling.logit_bias, *sampling.logprob_ids)
+        if any(not 0 <= i < info.vocab_size for i in named):
+            return "bad_request", f"stop_token_ids, logit_bias keys and logprob_ids must be in [0, {info.vocab_size})"
+        if request.pooling not in (None, "last", "mean") or (request.pooling and sampling.n != 1):
+            return "bad_request", "pooling must be last or mean, of one choice"
+        if len(ids) + min(0 if request.pooling else sampling.max_tokens, 1) > info.max_model_len:
             return "too_long", f"a prompt of {len(ids)} tokens exceeds the limit of {info.max_model_len} tokens"
         if self.scheduler.num_waiting >= self.settings.max_queue:
             return "queue_full", f"{self.scheduler.num_waiting} requests are waiting", self._retry_after_s()

@@ -41,8 +41,9 @@ BIND_S = 60.0
 EXIT_HALT = 3
 # Settings that the engine does not look at: changing them needs no other engine.
 API_SETTINGS = frozenset(
-    ("model_name", "host", "port", "workers", "engine_socket", "max_body", "worker_swap", "log_level")
-)
+    ("model_name", "host", "port", "workers", "engine_socket", "max_body", "api_key", "api_key_file", "metrics_key",
+     "cors_origins", "access_log", "worker_swap", "log_level")
+)  # fmt: skip
 
 
 class Record(msgspec.Struct):

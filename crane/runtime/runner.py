@@ -1,11 +1,14 @@
 """Computes a batch: rows -> tensors -> model -> logits of the rows that want them -> picked tokens."""
 
+import weakref
+
 import torch
 from torch import Tensor
 
 from crane.models.context import ForwardContext
 from crane.runtime.batch import Batch, Picked, Row
 from crane.runtime.sampler import Sampler
+from crane.runtime.sequence import Sequence
 from crane.runtime.types import TokenLogprob
 
 # Prompt log-probabilities need whole rows of logits: so many positions at a time.
@@ -24,6 +27,8 @@ class ModelRunner:
         self.page_size = kv.shape[3]
         self.device = kv.device
         self.sampler = Sampler(vocab_size, kv.device)
+        # of sequences whose mean is wanted: the sum of the hidden states so far
+        self._sums: weakref.WeakKeyDictionary[Sequence, Tensor] = weakref.WeakKeyDictionary()
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Picked]:
@@ -34,6 +39,9 @@ class ModelRunner:
         hidden = self.model(self._ints(token_ids), context)  # [num_tokens, hidden]
         picked = [Picked() for _ in rows]
         for index, row in enumerate(rows):
+            if row.sequence.pooling:
+                first = context.query_starts[index]
+                picked[index].embedding = self._pool(row, hidden[first : first + row.count])
             if row.prompt_logits:
                 first = context.query_starts[index]
                 picked[index].prompt_logprobs = self._prompt_logprobs(row, hidden[first : first + row.count])
@@ -69,6 +77,21 @@ class ModelRunner:
             page_size=self.page_size,
         )
 
+    def _pool(self, row: Row, hidden: Tensor) -> list[float] | None:
+        """The sequence's last hidden state, or the mean of all, once the row completes it.
+
+        hidden: [row.count, hidden].
+        """
+        sequence = row.sequence
+        complete = row.count == sequence.num_wanted
+        if sequence.pooling == "last":
+            return hidden[-1].float().tolist() if complete else None
+        total = hidden.float().sum(0)
+        if row.start > 0:
+            total += self._sums[sequence]
+        self._sums[sequence] = total
+        return (total / sequence.num_prompt).tolist() if complete else None
+
     def _prompt_logprobs(self, row: Row, hidden: Tensor) -> list[TokenLogprob]:
         """Log-probabilities of the prompt tokens that follow the row's positions. hidden: [row.count, hidden]."""
         sequence = row.sequence
@@ -77,7 +100,7 @@ class ModelRunner:
         for start in range(0, len(following), _LOGIT_CHUNK):
             chosen = following[start : start + _LOGIT_CHUNK]
             logits = self.model.logits(hidden[start : start + len(chosen)])
-            found += self.sampler.prompt_logprobs(logits, chosen, sequence.sampling.logprobs or 0)
+            found += self.sampler.prompt_logprobs(logits, chosen, sequence)
         return found
 
     def _ints(self, values: list) -> Tensor:

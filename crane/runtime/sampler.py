@@ -58,10 +58,12 @@ class Sampler:
             drawn = kernels.sample(logits, **self._parameters(sequences))
         return drawn.tolist(), self._logprobs(raw, drawn, sequences)
 
-    def prompt_logprobs(self, logits: Tensor, chosen: list[int], num_top: int) -> list[TokenLogprob]:
-        """Log-probabilities of known tokens. logits: float32 [rows, vocab]; chosen: one id per row."""
-        chosen = torch.tensor(chosen, dtype=torch.int64, device=logits.device)
-        return self._pack(*kernels.log_probabilities(logits[:, : self.vocab_size], chosen, num_top))
+    def prompt_logprobs(self, logits: Tensor, chosen: list[int], sequence: Sequence) -> list[TokenLogprob]:
+        """Log-probabilities of known tokens of one sequence. logits: float32 [rows, vocab]; chosen: one id per row."""
+        logits = logits[:, : self.vocab_size]
+        params = sequence.sampling
+        places = torch.tensor([[i, *params.logprob_ids] for i in chosen], dtype=torch.int64, device=logits.device)
+        return _pack(*kernels.log_probabilities(logits, places, min(params.logprobs or 0, logits.shape[1])))
 
     def _parameters(self, sequences: list[Sequence]) -> dict[str, Tensor]:
         params = [s.sampling for s in sequences]
@@ -121,20 +123,25 @@ class Sampler:
             )
 
     def _logprobs(self, raw: Tensor, drawn: Tensor, sequences: list[Sequence]) -> list[TokenLogprob | None]:
-        wanted = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         result: list[TokenLogprob | None] = [None] * len(sequences)
-        if wanted:
+        groups: dict[tuple, list[int]] = {}  # rows that want the same, nearly always all of them
+        for row, sequence in enumerate(sequences):
+            if sequence.sampling.logprobs is not None:
+                groups.setdefault((sequence.sampling.logprobs, sequence.sampling.logprob_ids), []).append(row)
+        for (num_top, ids), wanted in groups.items():
             rows = torch.tensor(wanted, device=raw.device)
-            num_top = max(sequences[row].sampling.logprobs for row in wanted)
-            found = kernels.log_probabilities(raw[rows], drawn[rows], num_top)
-            for row, entry in zip(wanted, self._pack(*found)):
-                keep = sequences[row].sampling.logprobs
-                result[row] = TokenLogprob(entry.logprob, entry.top_ids[:keep], entry.top_logprobs[:keep])
+            more = torch.tensor(ids, dtype=torch.int64, device=raw.device).expand(len(wanted), -1)
+            places = torch.cat((drawn[rows, None], more), dim=1)
+            found = _pack(*kernels.log_probabilities(raw[rows], places, min(num_top, raw.shape[1])))
+            for row, entry in zip(wanted, found, strict=True):
+                result[row] = entry
         return result
 
-    @staticmethod
-    def _pack(picked: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> list[TokenLogprob]:
-        return [TokenLogprob(*entry) for entry in zip(picked.tolist(), top_ids.tolist(), top_logprobs.tolist())]
+
+def _pack(picked: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> list[TokenLogprob]:
+    """Rows of `log_probabilities`, whose first place is the token itself."""
+    entries = zip(picked.tolist(), top_ids.tolist(), top_logprobs.tolist(), strict=True)
+    return [TokenLogprob(first, ids, values, more) for (first, *more), ids, values in entries]
 
 
 def _penalised(sequence: Sequence) -> bool:

@@ -177,7 +177,8 @@ class Scheduler:
             if row.samples:
                 outputs.append(self._append(sequence, result))
             elif sequence.max_tokens == 0 and sequence.num_wanted == 0:
-                outputs.append(self._finish(sequence, "length"))
+                reason = "stop" if sequence.pooling else "length"
+                outputs.append(self._finish(sequence, reason, embedding=result.embedding))
         return outputs
 
     def _append(self, sequence: Sequence, result: Picked) -> Output:

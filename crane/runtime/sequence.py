@@ -30,7 +30,8 @@ class Sequence:
         self.seed = seed
         self.token_ids = list(request.prompt_ids)
         self.num_prompt = len(self.token_ids)
-        self.max_tokens = sampling.max_tokens
+        self.pooling = request.pooling  # "last" | "mean": the hidden state is wanted, no token is drawn
+        self.max_tokens = 0 if request.pooling else sampling.max_tokens
         self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
         self.num_computed = 0
         self.pages: list[int] = []

@@ -18,9 +18,9 @@ MODEL_TYPES = ("auto", "hunyuan", "qwen25", "qwen3", "llama")
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
-def _setting(default, help, *, choices=None, minimum=None, kind=None):
+def _setting(default, help, *, choices=None, minimum=None, kind=None, secret=False):
     meta = {"help": help, "choices": choices, "minimum": minimum, "kind": kind or type(default).__name__}
-    return field(default=default, metadata=meta)
+    return field(default=default, metadata=meta | {"secret": secret}, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,13 @@ class Settings:
     engine_socket: str = _setting("", "socket of an engine to use instead of starting one")
     max_body: int = _setting(32 << 20, "largest request body", minimum=1, kind="bytes")
     graceful_timeout_s: int = _setting(60, "seconds running requests get after SIGTERM", minimum=0)
+    api_key: str = _setting(
+        "", "keys, separated by commas, of which clients must send one (in a file: --api-key-file)", secret=True
+    )
+    api_key_file: str = _setting("", "file of such keys, one a line")
+    metrics_key: bool = _setting(False, "ask for a key at /metrics, too")
+    cors_origins: str = _setting("", "web origins whose pages may call the API, separated by commas, or * for all")
+    access_log: bool = _setting(True, "log a line per request")
     worker_swap: bool = _setting(True, "let plain `gunicorn crane.api:app` use the asgi worker")
     log_level: str = _setting("info", "log level of every process", choices=("debug", "info", "warning", "error"))
 
@@ -73,6 +80,11 @@ class Settings:
                 raise SettingsError(f"unknown variable {name}; known: {', '.join(sorted(specs))}")
             values[specs[name].name] = parse(specs[name], text, name)
         return cls(**{**values, **overrides})
+
+    def public(self) -> dict:
+        """All settings by name, fit to show to a client: without secrets."""
+        secret = {spec.name for spec in dataclasses.fields(self) if spec.metadata["secret"]}
+        return {name: value for name, value in vars(self).items() if name not in secret}
 
     def to_env(self) -> dict[str, str]:
         """The variables that make `from_env` give these settings, defaults left out."""

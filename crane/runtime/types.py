@@ -12,6 +12,19 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 EngineStatus = Literal["starting", "loading", "ready", "draining", "failed", "lost"]
 
 
+class Thinking(msgspec.Struct, frozen=True, array_like=True):
+    """Where the output's thinking section is, and how long it may be.
+
+    open: the prompt ends inside it; else it is open when the output's first tokens are `start_ids`.
+    It ends with `end_ids`. max_tokens: after so many tokens of it `end_ids` are put in, whatever the model wants.
+    """
+
+    start_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    open: bool = False
+    max_tokens: int | None = None
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """How one request's tokens are chosen and when it ends. Neutral by default.
 
@@ -38,6 +51,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     logprobs: int | None = None  # None: off; k: the chosen token's and the k best
     prompt_logprobs: bool = False  # with logprobs=k: the same for every prompt token
     skip_special_tokens: bool = True
+    logprob_ids: tuple[int, ...] = ()  # with logprobs: also the log-probabilities of these tokens
+    # what the output must match, once it does not think (any more): a grammar in llguidance's Lark dialect
+    grammar: str | None = None
+    thinking: Thinking | None = None
 
     @property
     def greedy(self) -> bool:
@@ -86,6 +103,8 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
     rid: str
     prompt_ids: list[int]
     sampling: SamplingParams
+    # "last" or "mean": no token is drawn; the one output carries the pooled last hidden state
+    pooling: Literal["last", "mean"] | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -124,6 +143,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     logprob: float
     top_ids: list[int] = []
     top_logprobs: list[float] = []
+    ids_logprobs: list[float] = []  # of SamplingParams.logprob_ids, in their order
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
@@ -146,6 +166,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: on the first output of choice 0 when asked for; the entry of
         the first prompt token is None.
     usage: on the last output. error: a message when finish_reason is "error".
+    embedding: float32 values of the pooled, unnormalised hidden state, on the one output of a pooling request.
     """
 
     rid: str
@@ -157,6 +178,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[TokenLogprob | None] | None = None
     usage: Usage | None = None
     error: str | None = None
+    embedding: list[float] | None = None
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):

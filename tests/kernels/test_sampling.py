@@ -138,10 +138,10 @@ def test_penalties_change_the_listed_places_only_and_as_defined():
 
 def test_log_probabilities_are_log_softmax():
     logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(1))
-    chosen = torch.tensor([4, 0, 499])
-    picked, ids, values = sampling.log_probabilities(logits, chosen, 5)
+    places = torch.tensor([[4, 1], [0, 0], [499, 7]])
+    picked, ids, values = sampling.log_probabilities(logits, places, 5)
     reference = torch.log_softmax(logits.double(), -1)
-    torch.testing.assert_close(picked.double(), reference[torch.arange(3), chosen], rtol=0, atol=1e-5)
+    torch.testing.assert_close(picked.double(), reference.gather(1, places), rtol=0, atol=1e-5)
     assert torch.equal(ids, reference.topk(5).indices)
     torch.testing.assert_close(values.double(), reference.topk(5).values, rtol=0, atol=1e-5)
-    assert sampling.log_probabilities(logits, chosen, 0)[1].shape == (3, 0)
+    assert sampling.log_probabilities(logits, places, 0)[1].shape == (3, 0)

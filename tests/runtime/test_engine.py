@@ -149,8 +149,54 @@ def test_logprobs_are_those_of_the_raw_distribution_for_output_and_prompt(tiny):
         assert entry.top_logprobs == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
+def test_logprobs_of_asked_ids_come_with_every_token(tiny):
+    engine = make_engine(tiny)
+    params = SamplingParams(temperature=0.0, max_tokens=3, logprobs=0, logprob_ids=(5, 9), prompt_logprobs=True)
+    engine.add(Generate("a", PROMPTS[1], params))
+    engine.add(Generate("b", PROMPTS[2], SamplingParams(temperature=0.0, max_tokens=3, logprobs=2)))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    mine = [o for o in outputs if o.rid == "a"]
+    tokens = PROMPTS[1] + [t for o in mine for t in o.token_ids]
+    reference = torch.log_softmax(full_logits(engine, tokens), -1)
+    entries = mine[0].prompt_logprobs[1:] + [o.logprobs[0] for o in mine]
+    assert len(entries) == len(tokens) - 1
+    for position, entry in enumerate(entries):
+        assert entry.ids_logprobs == pytest.approx(reference[position, [5, 9]].tolist(), abs=1e-4)
+        assert entry.top_ids == []
+    other = [o.logprobs[0] for o in outputs if o.rid == "b"]
+    assert all(len(entry.top_ids) == 2 and entry.ids_logprobs == [] for entry in other)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("max_step_tokens", [64, 8])
+def test_pooling_gives_the_hidden_states_and_draws_nothing(tiny, pooling, max_step_tokens):
+    engine = make_engine(tiny, max_step_tokens=max_step_tokens, max_concurrent=4)
+    for i, prompt in enumerate(PROMPTS):
+        assert engine.add(Generate(f"r{i}", prompt, SamplingParams(), pooling)) == Accepted(f"r{i}")
+    engine.add(Generate("text", PROMPTS[0], GREEDY))
+    got = {}
+    while engine.has_work:
+        for output in engine.step():
+            if output.rid != "text":
+                assert output.token_ids == [] and output.finish_reason == "stop" and output.rid not in got
+                got[output.rid] = torch.tensor(output.embedding)
+    for i, prompt in enumerate(PROMPTS):
+        states = full_hidden(engine, prompt)
+        expected = states[-1] if pooling == "last" else states.mean(0)
+        torch.testing.assert_close(got[f"r{i}"], expected, rtol=1e-4, atol=1e-4)
+    assert engine.add(Generate("bad", [1], SamplingParams(n=2), pooling)).code == "bad_request"
+    assert engine.add(Generate("bad", [1], SamplingParams(), "max")).code == "bad_request"
+
+
 def full_logits(engine, token_ids):
-    """Logits of every position, by another path: one prompt computed whole, in fresh pages."""
+    with torch.inference_mode():
+        return engine.runner.model.logits(full_hidden(engine, token_ids))[:, : engine.info.vocab_size]
+
+
+def full_hidden(engine, token_ids):
+    """Hidden states of every position, by another path: one prompt computed whole, in fresh pages."""
     from crane.runtime.batch import Row
     from crane.runtime.sequence import Sequence
 
@@ -158,8 +204,7 @@ def full_logits(engine, token_ids):
     sequence.pages = list(range(engine.scheduler.pool.pages_for(len(token_ids))))
     context = engine.runner._context([Row(sequence, 0, len(token_ids), False)])
     with torch.inference_mode():
-        hidden = engine.runner.model(torch.tensor(token_ids), context)
-        return engine.runner.model.logits(hidden)[:, : engine.info.vocab_size]
+        return engine.runner.model(torch.tensor(token_ids), context)
 
 
 def test_penalties_bias_and_minimum_length_act(tiny):
