@@ -104,9 +104,11 @@ def run_server(settings: Settings) -> None:
     from gunicorn.app.base import BaseApplication
 
     from crane.api import App
+    from crane.api.auth import load_keys
     from crane.api.served import ServedModel
     from crane.runtime.client import Link
 
+    load_keys(settings)  # every worker does so itself, but a bad file is better known before there are any
     listener = _listen(settings.host, settings.port)
     address = listener.getsockname()
     # read once, before the workers are forked: they share its memory, and a bad model ends it all here
@@ -170,7 +172,10 @@ def _announce(settings: Settings, model_name: str, address: tuple, state) -> Non
     host = "127.0.0.1" if everywhere else f"[{address[0]}]" if ":" in address[0] else address[0]
     url = f"http://{host}:{address[1]}/v1"
     body = '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
-    print(f"\ncrane {__version__} serves {model_name} at {url}\ntry: curl {url}/chat/completions -d '{body}'")
-    if everywhere:
-        print("note: every machine that reaches this one may use it; --host 127.0.0.1 keeps it local")
+    keyed = settings.api_key or settings.api_key_file
+    header = ' -H "Authorization: Bearer $KEY"' if keyed else ""
+    print(f"\ncrane {__version__} serves {model_name} at {url}\ntry: curl {url}/chat/completions{header} -d '{body}'")
+    if everywhere and not keyed:
+        how = "--api-key-file asks for a key, --host 127.0.0.1 keeps it local"
+        print(f"note: every machine that reaches this one may use it; {how}")
     print(flush=True)

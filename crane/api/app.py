@@ -13,7 +13,12 @@ from dataclasses import dataclass
 import falcon
 import falcon.asgi
 
-from crane.api import admin, completions, openai, tokens
+from crane.api import (
+    admin, completions, embeddings, messages, metrics, openai, openapi, responses, score, sglang, tokens,
+)  # fmt: skip
+from crane.api.access import Access, WatchedBody, watch_send, watch_start
+from crane.api.access import log as access_log
+from crane.api.auth import Gate, Keys, load_keys
 from crane.api.drivers import AsgiResource, Tether, WsgiResource, put, put_error
 from crane.api.endpoint import Context, Endpoint
 from crane.api.errors import http_error_reply, not_ready
@@ -27,8 +32,15 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *openai.ENDPOINTS,
     *completions.ENDPOINTS,
     *tokens.ENDPOINTS,
+    *embeddings.ENDPOINTS,
+    *score.ENDPOINTS,
+    *messages.ENDPOINTS,
+    *responses.ENDPOINTS,
+    *sglang.ENDPOINTS,
     *admin.ENDPOINTS,
+    *metrics.ENDPOINTS,
 )
+ENDPOINTS += openapi.endpoints_for(ENDPOINTS)
 
 log = logging.getLogger("crane.api")
 
@@ -37,18 +49,25 @@ log = logging.getLogger("crane.api")
 class Site:
     """What one worker process serves.
 
-    model_error: why it can serve nothing, ever; then there is no model and no link.
+    model_error: why it can serve nothing, ever; then there is no model and no link. keys, cors: None when off.
     """
 
     settings: Settings
+    keys: Keys | None = None
+    cors: falcon.CORSMiddleware | None = None
     model: ServedModel | None = None
     link: Link | LinkThread | None = None
     model_error: ModelError | None = None
 
+    @property
+    def logs_access(self) -> bool:
+        return self.settings.access_log and access_log.isEnabledFor(logging.INFO)
+
     def context(self, needs: str) -> Context:
         """For one request of an endpoint with `needs`. Raises EngineError when they are not met."""
         state = self.link.state if self.model_error is None else State("failed", reason=str(self.model_error))
-        if needs == "engine" and state.status != "ready" or needs == "model" and self.model is None:
+        wanted = {"engine": ("ready",), "link": ("ready", "draining")}.get(needs)
+        if wanted and state.status not in wanted or needs == "model" and self.model is None:
             raise not_ready(state)
         return Context(self.settings, self.model, state)
 
@@ -70,8 +89,9 @@ class App:
         self._pid = 0
         self._starting: asyncio.Task | None = None
         self._warned = False
-        self._wsgi = _build(falcon.App(middleware=[RequestId()]), WsgiResource, self._current_site)
-        self._asgi = _build(falcon.asgi.App(middleware=[RequestId()]), AsgiResource, self._current_site)
+        parts = [RequestId(), Cors(self._current_site), Gate(self._current_site)]
+        self._wsgi = _build(falcon.App(middleware=parts), WsgiResource, self._current_site)
+        self._asgi = _build(falcon.asgi.App(middleware=parts), AsgiResource, self._current_site)
 
     def __call__(self, first, second, third=None):
         if third is not None:
@@ -79,8 +99,11 @@ class App:
         if not first.get("wsgi.multithread") and not self._warned:
             self._warned = True
             log.warning("one request at a time: this worker needs -k asgi, or -k gthread with --threads")
-        self.start_blocking()
-        return self._wsgi(first, second)
+        site = self.start_blocking()
+        access = first["crane.access"] = Access(first["REQUEST_METHOD"], first.get("PATH_INFO", ""))
+        if not site.logs_access:
+            return self._wsgi(first, second)
+        return WatchedBody(access, self._wsgi(first, watch_start(access, second)))
 
     def start_blocking(self) -> Site:
         """Load the text side and connect (or start) the engine, from a WSGI worker; idempotent."""
@@ -113,10 +136,12 @@ class App:
 
     def _open_site(self) -> Site:
         settings = self._settings if self._settings is not None else Settings.from_env()
+        site = Site(settings, load_keys(settings), _cors(settings))
         try:
-            return Site(settings, self._given_model or ServedModel.load(settings))
+            site.model = self._given_model or ServedModel.load(settings)
         except ModelError as error:
-            return Site(settings, model_error=error)
+            site.model_error = error
+        return site
 
     def _join(self, site: Site, link_type) -> None:
         # only now: with a broken model there is no engine to start
@@ -137,10 +162,14 @@ class App:
         if not self._started_here():
             await self.start()
         tether = scope["crane.tether"] = Tether(receive)
+        access = scope["crane.access"] = Access(scope["method"], scope["path"])
+        logs = self._site.logs_access
         try:
-            await self._asgi(scope, receive, send)
+            await self._asgi(scope, _eager(receive), watch_send(access, send) if logs else send)
         finally:
             tether.release()
+            if logs:
+                access.ends()
 
     async def _lifespan(self, receive, send) -> None:
         while True:
@@ -175,6 +204,44 @@ class RequestId:
 
     async def process_request_async(self, req, resp) -> None:
         self.process_request(req, resp)
+
+
+class Cors:
+    """falcon middleware: falcon's own CORS, once the settings are known and if they ask for it."""
+
+    def __init__(self, get_site):
+        self._get_site = get_site
+
+    def process_response(self, req, resp, resource, req_succeeded: bool) -> None:
+        cors = self._get_site().cors
+        if cors is not None:
+            resp.append_header("Vary", "Origin")
+            cors.process_response(req, resp, resource, req_succeeded)
+
+    async def process_response_async(self, req, resp, resource, req_succeeded: bool) -> None:
+        self.process_response(req, resp, resource, req_succeeded)
+
+
+def _cors(settings: Settings) -> falcon.CORSMiddleware | None:
+    origins = [text.strip().rstrip("/") for text in settings.cors_origins.split(",") if text.strip()]
+    if not origins:
+        return None
+    return falcon.CORSMiddleware("*" if "*" in origins else origins, expose_headers="x-request-id, retry-after")
+
+
+def _eager(receive):
+    """`receive`, whose first event is there at once: falcon waits for one before it looks at the headers, by which
+    a request may be refused."""
+    first = True
+
+    async def receive_eagerly():
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": b"", "more_body": True}
+        return await receive()
+
+    return receive_eagerly
 
 
 def create_app(settings: Settings | None = None, **overrides) -> App:

@@ -18,17 +18,19 @@ from crane.errors import RequestError
 MAX_INT = 2**31 - 1
 
 
-def _later(*neutral):
-    return Annotated[Any, Meta(extra={"neutral": neutral})]
+def _later(*neutral, use: str = ""):
+    """use: the field that takes this one's place."""
+    schema = {"enum": [None, *neutral], "description": "not supported; only these values, which ask for nothing"}
+    return Annotated[Any, Meta(extra={"neutral": neutral, "use": use}, extra_json_schema=schema)]
 
 
 Absent = _later()
 Off = _later(False)
 EmptyList = _later([])
-NoneOrAuto = _later("none", "auto")
+NoFunctions = _later([], use="tools")
+NoFunctionCall = _later("none", "auto", use="tool_choice")
 StandardTier = _later("auto", "default")
 EmptyText = _later("")
-PlainText = _later({"type": "text"})
 TextOnly = _later(["text"])
 Medium = _later("medium")
 
@@ -47,6 +49,33 @@ class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: Off = None
+
+
+class JsonSchema(Body):
+    """The schema of a json_schema response. strict: false lets keywords pass that cannot be enforced; name
+    and description only label it."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(Body):
+    """What the answer's text has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """The same, as vLLM writes it: one of these."""
+
+    json: str | dict[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class GenerateBody(Body):
@@ -70,6 +99,19 @@ class GenerateBody(Body):
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    guided_grammar: str | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    return_token_ids: bool | None = None
+    # computed prefixes are shared only between requests of the same salt
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     # these label a request and change nothing in its answer
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -85,6 +127,7 @@ class Function(Body):
 
     name: str
     arguments: str | dict[str, Any] = ""
+    parsed_arguments: Any = None  # the same again, which openai's client adds to what it got
 
 
 class ToolCall(Body):
@@ -94,6 +137,50 @@ class ToolCall(Body):
     id: str | None = None
     type: Literal["function"] = "function"
     index: int | None = None  # clients that join stream deltas send it back
+
+
+class FunctionTool(Body):
+    """A function that the model may call. strict: refuses keywords of `parameters` that cannot be enforced."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """One tool of a request."""
+
+    function: FunctionTool
+    type: Literal["function"] = "function"
+
+
+class ChosenFunction(Body):
+    """The name of a function."""
+
+    name: str
+
+
+class AllowedTool(Body):
+    """One of the tools of a request, by its name."""
+
+    function: ChosenFunction
+    type: Literal["function"] = "function"
+
+
+class AllowedTools(Body):
+    """Some of the tools of a request."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[AllowedTool], Meta(min_length=1)]
+
+
+class ToolChoice(Body):
+    """A function that has to be called, or the tools that may be."""
+
+    type: Literal["function", "allowed_tools"]
+    function: ChosenFunction | None = None
+    allowed_tools: AllowedTools | None = None
 
 
 class Message(Body):
@@ -109,6 +196,7 @@ class Message(Body):
     # present in answers that clients send back as they got them
     refusal: EmptyText = None
     annotations: EmptyList = None
+    parsed: Any = None  # the content again, which openai's client adds
     audio: Absent = None
     function_call: Absent = None
 
@@ -125,12 +213,14 @@ class ChatBody(GenerateBody, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     parallel_tool_calls: bool | None = None  # without tools there is nothing to run in parallel
-    tools: EmptyList = None
-    tool_choice: NoneOrAuto = None
-    functions: EmptyList = None
-    function_call: NoneOrAuto = None
-    response_format: PlainText = None
-    reasoning_effort: Absent = None
+    tools: Annotated[list[Tool], Meta(max_length=1024)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    functions: NoFunctions = None
+    function_call: NoFunctionCall = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=0, le=MAX_INT)] | None = None
+    reasoning_budget_tokens: Annotated[int, Meta(ge=-1, le=MAX_INT)] | None = None  # -1 is no limit
+    include_reasoning: bool | None = None  # false keeps it out of the answer
     verbosity: Medium = None
     modalities: TextOnly = None
     audio: Absent = None
@@ -148,7 +238,7 @@ class CompletionBody(GenerateBody, kw_only=True):
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
-    suffix: Absent = None
+    suffix: str | None = None  # for models with fill-in-the-middle tokens
 
 
 class TokenizeBody(Body):
@@ -163,7 +253,7 @@ class TokenizeBody(Body):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
-    tools: EmptyList = None
+    tools: Annotated[list[Tool], Meta(max_length=1024)] | None = None
 
 
 class DetokenizeBody(Body):
@@ -200,14 +290,16 @@ def refuse_unsupported(body: Body, path: str = "") -> None:
         value = getattr(body, name)
         if value is None:
             continue
-        if name in neutral and value not in neutral[name]:
-            field = path + name
-            raise RequestError(f"{field} is not supported yet", field=field, code="unsupported_parameter")
+        if name in neutral and value not in neutral[name]["neutral"]:
+            field, use = path + name, neutral[name].get("use")
+            message = f"{field} is not supported" + (f", use {use}" if use else "")
+            raise RequestError(message, field=field, code="unsupported_parameter")
         if isinstance(value, Body):
             refuse_unsupported(value, f"{path}{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], Body):
+        elif isinstance(value, list):
             for i, item in enumerate(value):
-                refuse_unsupported(item, f"{path}{name}[{i}].")
+                if isinstance(item, Body):
+                    refuse_unsupported(item, f"{path}{name}[{i}].")
 
 
 @functools.cache
@@ -216,12 +308,12 @@ def _decoder(kind: type) -> msgspec.json.Decoder:
 
 
 @functools.cache
-def _neutral_values(kind: type) -> dict[str, tuple]:
+def _neutral_values(kind: type) -> dict[str, dict]:
     found = {}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         for meta in getattr(hint, "__metadata__", ()):
             if meta.extra and "neutral" in meta.extra:
-                found[name] = meta.extra["neutral"]
+                found[name] = meta.extra
     return found
 
 

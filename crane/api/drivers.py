@@ -10,9 +10,12 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
+import falcon
+
 from crane.api import sse
+from crane.api.access import Access
 from crane.api.endpoint import JSON, Answer, Endpoint, Generation, Question, Reply, Request
-from crane.api.errors import error_frame, error_reply
+from crane.api.errors import RETRY_AFTER_S, error_frame, error_reply
 from crane.errors import CraneError, EngineError, RequestError
 from crane.runtime.types import Output
 
@@ -24,30 +27,51 @@ CLIENT_GONE = Reply(b"", 499)
 log = logging.getLogger("crane.api")
 
 
-class AsgiResource:
-    """The endpoints of one path, for falcon.asgi. site: the worker's `app.Site`."""
+class Resource:
+    """The endpoints of one path. get_site: the worker's `app.Site`."""
 
-    def __init__(self, endpoints: list[Endpoint], site: Callable):
+    def __init__(self, endpoints: list[Endpoint], get_site: Callable):
+        self.path = endpoints[0].path
+        self._error_replies = {endpoint.method: endpoint.error_reply for endpoint in endpoints}
         for endpoint in endpoints:
-            _attach(self, endpoint, self._responder(endpoint, site))
+            responder = self._responder(endpoint, get_site)
+            setattr(self, f"on_{endpoint.method.lower()}", responder)
+            if endpoint.method == "GET":
+                self.on_head = responder  # falcon drops the body of a HEAD response itself
 
-    @staticmethod
-    def _responder(endpoint: Endpoint, get_site: Callable):
-        async def respond(req, resp, **params):
-            site = get_site()
+    def error_reply(self, method: str) -> Callable[[Exception], Reply]:
+        """How errors are written to clients that call this path with `method`."""
+        return self._error_replies.get(method) or error_reply
+
+
+class AsgiResource(Resource):
+    """The endpoints of one path, for falcon.asgi."""
+
+    def _responder(self, endpoint: Endpoint, get_site: Callable):
+        async def answer_of(site, req, resp, params) -> Reply | None:
             body = b"" if endpoint.method == "GET" else await _read_async(req, site.settings.max_body)
             context = site.context(endpoint.needs)
-            request = Request(endpoint.method, req.path, params, req.params, body)
+            request = Request(endpoint.method, req.path, params, _query(req), body)
             if len(body) > LONG_BODY_BYTES:
                 answer = await asyncio.to_thread(endpoint.run, context, request)
             else:
                 answer = endpoint.run(context, request)
             if isinstance(answer, Question):
-                answer = answer.render(await site.link.call(answer.op, answer.payload))
-            if not isinstance(answer, Reply):
-                answer = await _generate_async(site.link, answer, req.scope["crane.tether"], resp)
-            if answer is not None:
-                put(resp, answer)
+                answer = answer.render(await site.link.call(answer.op, answer.payload, answer.timeout_s))
+            if isinstance(answer, Reply):
+                return answer
+            return await _generate_async(site.link, answer, req.scope, resp)
+
+        async def respond(req, resp, **params):
+            try:
+                answer = await answer_of(get_site(), req, resp, params)
+            except falcon.HTTPError:
+                raise
+            except Exception as error:
+                put_error(resp, error, self.error_reply(endpoint.method))
+            else:
+                if answer is not None:
+                    put(resp, answer)
 
         return respond
 
@@ -83,26 +107,30 @@ class Tether:
         self._stream.disconnect()
 
 
-class WsgiResource:
+class WsgiResource(Resource):
     """The endpoints of one path, for falcon's WSGI side."""
 
-    def __init__(self, endpoints: list[Endpoint], site: Callable):
-        for endpoint in endpoints:
-            _attach(self, endpoint, self._responder(endpoint, site))
-
-    @staticmethod
-    def _responder(endpoint: Endpoint, get_site: Callable):
-        def respond(req, resp, **params):
-            site = get_site()
+    def _responder(self, endpoint: Endpoint, get_site: Callable):
+        def answer_of(site, req, resp, params) -> Reply | None:
             body = b"" if endpoint.method == "GET" else _read_blocking(req, site.settings.max_body)
-            request = Request(endpoint.method, req.path, params, req.params, body)
+            request = Request(endpoint.method, req.path, params, _query(req), body)
             answer: Answer = endpoint.run(site.context(endpoint.needs), request)
             if isinstance(answer, Question):
-                answer = answer.render(site.link.call(answer.op, answer.payload))
-            if not isinstance(answer, Reply):
-                answer = _generate_blocking(site.link, answer, req.env, resp)
-            if answer is not None:
-                put(resp, answer)
+                answer = answer.render(site.link.call(answer.op, answer.payload, answer.timeout_s))
+            if isinstance(answer, Reply):
+                return answer
+            return _generate_blocking(site.link, answer, req.env, resp)
+
+        def respond(req, resp, **params):
+            try:
+                answer = answer_of(get_site(), req, resp, params)
+            except falcon.HTTPError:
+                raise
+            except Exception as error:
+                put_error(resp, error, self.error_reply(endpoint.method))
+            else:
+                if answer is not None:
+                    put(resp, answer)
 
         return respond
 
@@ -110,9 +138,9 @@ class WsgiResource:
 class BlockingFrames:
     """The chunks of one WSGI stream; close() aborts what still runs, also before the first chunk."""
 
-    def __init__(self, link, stream, generation: Generation, client: "WsgiClient"):
+    def __init__(self, link, stream, generation: Generation, client: "WsgiClient", access: Access):
         self._stream = stream
-        self._chunks = self._make(link, generation, client)
+        self._chunks = self._make(link, generation, client, access)
 
     def __iter__(self) -> Iterator[bytes]:
         return self._chunks
@@ -121,7 +149,7 @@ class BlockingFrames:
         self._chunks.close()
         self._stream.close()
 
-    def _make(self, link, generation: Generation, client: "WsgiClient") -> Iterator[bytes]:
+    def _make(self, link, generation: Generation, client: "WsgiClient", access: Access) -> Iterator[bytes]:
         sent_at = time.monotonic()
         chunk = generation.start()
         if chunk:
@@ -130,7 +158,7 @@ class BlockingFrames:
             outputs = wait_blocking(self._stream, client, sent_at + sse.KEEP_ALIVE_S)
             if outputs == []:
                 return
-            chunk = sse.KEEP_ALIVE if outputs is None else advance(link, generation, outputs)
+            chunk = sse.KEEP_ALIVE if outputs is None else advance(link, generation, outputs, access)
             if chunk:
                 sent_at = time.monotonic()
                 yield chunk
@@ -158,8 +186,9 @@ class WsgiClient:
             return True
 
 
-def advance(link, generation: Generation, outputs: list[Output]) -> bytes:
+def advance(link, generation: Generation, outputs: list[Output], access: Access) -> bytes:
     """Feed one batch of outputs and return all that can be sent now, the end included."""
+    access.got(outputs)
     try:
         chunk = generation.feed(outputs)
     except Exception as error:  # the status line is out: an error event is the only way to answer
@@ -167,7 +196,7 @@ def advance(link, generation: Generation, outputs: list[Output]) -> bytes:
             raise
         log.exception("a stream broke")
         generation.failed = EngineError("internal", "internal error")
-        return error_frame(error)
+        return getattr(generation, "broken", error_frame)(error)  # each dialect has its own
     for rid, index in generation.take_aborts():
         link.abort(rid, index)
     if generation.stream and generation.finished:
@@ -175,7 +204,7 @@ def advance(link, generation: Generation, outputs: list[Output]) -> bytes:
     return chunk
 
 
-async def frames_async(link, stream, generation: Generation) -> AsyncIterator[bytes]:
+async def frames_async(link, stream, generation: Generation, access: Access) -> AsyncIterator[bytes]:
     """The chunks of one ASGI stream; ends early when the client is gone."""
     now = asyncio.get_running_loop().time
     sent_at = now()
@@ -191,7 +220,7 @@ async def frames_async(link, stream, generation: Generation) -> AsyncIterator[by
         else:
             if not outputs:
                 return
-            chunk = advance(link, generation, outputs)
+            chunk = advance(link, generation, outputs, access)
         if chunk:
             sent_at = now()
             yield chunk
@@ -215,33 +244,39 @@ def put(resp, reply: Reply) -> None:
     resp.data = reply.body
     resp.content_type = JSON
     resp.set_headers(dict(reply.headers))
+    if reply.status in RETRY_AFTER_S and resp.get_header("Retry-After") is None:
+        resp.set_header("Retry-After", str(RETRY_AFTER_S[reply.status]))
 
 
-def put_error(resp, error: Exception) -> None:
+def put_error(resp, error: Exception, render: Callable[[Exception], Reply] = error_reply) -> None:
     """The answer to a request that raised `error`; what is not ours to raise is logged."""
     if not isinstance(error, CraneError):
         log.error("a request broke", exc_info=error)
-    put(resp, error_reply(error))
+    put(resp, render(error))
 
 
-async def _generate_async(link, generation: Generation, tether: Tether, resp) -> Reply | None:
+async def _generate_async(link, generation: Generation, scope: dict, resp) -> Reply | None:
     """Runs a generation; None when `resp` streams it."""
+    tether, access = scope["crane.tether"], scope["crane.access"]
+    access.begins(generation)
     stream = tether.hold(link.open(generation.requests))
     await stream.accepted()  # so that a refusal still has a status of its own
     if generation.stream:
         resp.set_headers(sse.HEADERS)
-        resp.stream = frames_async(link, stream, generation)
+        resp.stream = frames_async(link, stream, generation, access)
         return None
     while not generation.finished:
         outputs = await stream.next()
         if not outputs:
             return CLIENT_GONE
-        advance(link, generation, outputs)
+        advance(link, generation, outputs, access)
     return Reply(generation.body())
 
 
 def _generate_blocking(link, generation: Generation, environ: dict, resp) -> Reply | None:
     """Runs a generation; None when `resp` streams it."""
+    access: Access = environ["crane.access"]
+    access.begins(generation)
     stream = link.open(generation.requests)
     client = WsgiClient(environ)
     streaming = False
@@ -249,24 +284,26 @@ def _generate_blocking(link, generation: Generation, environ: dict, resp) -> Rep
         stream.accepted(ACCEPT_TIMEOUT_S)
         if generation.stream:
             resp.set_headers(sse.HEADERS)
-            resp.stream = BlockingFrames(link, stream, generation, client)
+            resp.stream = BlockingFrames(link, stream, generation, client, access)
             streaming = True
             return None
         while not generation.finished:
             outputs = wait_blocking(stream, client, float("inf"))
             if not outputs:
                 return CLIENT_GONE
-            advance(link, generation, outputs)
+            advance(link, generation, outputs, access)
         return Reply(generation.body())
     finally:
         if not streaming:
             stream.close()
 
 
-def _attach(resource, endpoint: Endpoint, responder) -> None:
-    setattr(resource, f"on_{endpoint.method.lower()}", responder)
-    if endpoint.method == "GET":
-        resource.on_head = responder  # falcon drops the body of a HEAD response itself
+def _query(req) -> dict[str, str]:
+    """The query's parameters. Raises RequestError for one that is given twice: which is meant?"""
+    for name, value in req.params.items():
+        if isinstance(value, list):
+            raise RequestError(f"{name[:100]} is given {len(value)} times in the query", field=name)
+    return req.params
 
 
 async def _read_async(req, limit: int) -> bytes:

@@ -41,11 +41,12 @@ class Reply:
 
 @dataclass(frozen=True)
 class Question:
-    """A `Call` to the engine. render: its payload -> Reply."""
+    """A `Call` to the engine, answered within timeout_s. render: its payload -> Reply."""
 
     op: str
     render: Callable[[Any], Reply]
     payload: Any = None
+    timeout_s: float = 30.0
 
 
 class Generation(Protocol):
@@ -98,9 +99,19 @@ Answer = Reply | Question | Generation
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One route. needs: "nothing" | "model" (tokenizer, template) | "engine" (ready)."""
+    """One route. needs: "nothing" | "model" (tokenizer, template) | "link" (an engine to ask, if only
+    one that drains) | "engine" (ready).
+
+    body: the Struct that `run` decodes; query: the parameters it looks at, with their JSON schemas; content_type:
+    of the 200; all for /openapi.json, whose summary of the route is the first line of `run`'s docstring.
+    error_reply: how this dialect writes an error; default: as OpenAI does.
+    """
 
     method: str
     path: str
     run: Callable[[Context, Request], Answer]
     needs: str = "engine"
+    body: type | None = None
+    query: Mapping[str, dict] = field(default_factory=dict)
+    content_type: str = JSON
+    error_reply: Callable[[Exception], Reply] | None = None

@@ -22,14 +22,15 @@ _ENGINE = {
     "bad_request": (400, "invalid_request_error", None),
     "internal": (500, "server_error", "internal_error"),
 }
-_RETRY_AFTER_S = {429: 1.0, 503: 2.0}
+RETRY_AFTER_S = {429: 1, 503: 2}
 _RETRY_AFTER_BY_STATUS_S = {"starting": 2.0, "loading": 2.0, "draining": 5.0, "lost": 2.0, "failed": 30.0}
 
 
 def error_object(error: Exception) -> tuple[int, dict[str, Any]]:
     """HTTP status and error object of any exception; nothing internal leaks into it."""
     if isinstance(error, RequestError):
-        return error.status, _object(str(error), "invalid_request_error", error.field, error.code)
+        kind = "authentication_error" if error.status == 401 else "invalid_request_error"
+        return error.status, _object(str(error), kind, error.field, error.code)
     if isinstance(error, EngineError):
         status, kind, code = _ENGINE.get(error.code, _ENGINE["internal"])
         return status, _object(str(error), kind, None, code)
@@ -41,9 +42,11 @@ def error_reply(error: Exception) -> Reply:
     """The response that stands for `error`, with Retry-After where a retry makes sense."""
     status, body = error_object(error)
     headers = {}
-    wait_s = getattr(error, "retry_after_s", None) or _RETRY_AFTER_S.get(status)
+    wait_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S.get(status)
     if wait_s:
         headers["Retry-After"] = str(math.ceil(wait_s))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if body["error"]["code"] == "context_length_exceeded":
         headers["x-should-retry"] = "false"
     return Reply(msgspec.json.encode(body), status, headers)

@@ -13,8 +13,10 @@ import msgspec
 
 from crane.api import sse
 from crane.api.bodies import GenerateBody
+from crane.api.chat_parser import ChatEvent, ChatParser
 from crane.api.endpoint import Context
 from crane.api.errors import error_frame
+from crane.api.logprobs import trimmed
 from crane.errors import EngineError
 from crane.runtime.text import Delta, TextStream
 from crane.runtime.types import Generate, Output, SamplingParams, TokenLogprob
@@ -25,7 +27,7 @@ _json = msgspec.json.Encoder().encode
 @dataclass
 class Prompt:
     """One prompt of a request. text: as echoed. logprobs: of its tokens, once they came.
-    rid: of its engine request."""
+    rid: of its engine request. keep_ids: special tokens whose text is part of the answer."""
 
     ids: list[int]
     sampling: SamplingParams
@@ -33,11 +35,13 @@ class Prompt:
     rid: str = ""
     logprobs: list[TokenLogprob | None] | None = None
     cached_tokens: int = 0
+    keep_ids: frozenset[int] = frozenset()
 
 
 @dataclass
 class Choice:
-    """One answer in the making. number: among those of its prompt. started: a frame of it was sent."""
+    """One answer in the making. number: among those of its prompt. started: a frame of it was sent.
+    events: what the last output came to, in dialects that know reasoning and tool calls."""
 
     index: int
     number: int
@@ -47,6 +51,9 @@ class Choice:
     engine_done: bool = False
     started: bool = False
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    parser: ChatParser | None = None
+    events: list[ChatEvent] = field(default_factory=list)
+    reasoning_tokens: int = 0
 
 
 class BaseGeneration:
@@ -67,15 +74,16 @@ class BaseGeneration:
         options = body.stream_options
         self._include_usage = bool(options and options.include_usage)
         self._continuous_usage = bool(options and options.continuous_usage_stats)
+        self._max_top: int | None = None  # of alternatives: the engine sends more where the prompt's need them
         self._aborts: list[tuple[str, int]] = []
         self.requests: list[Generate] = []
         self.choices: list[Choice] = []
         self._by_output: dict[tuple[str, int], Choice] = {}
         for i, prompt in enumerate(prompts):
             rid = prompt.rid = self.id if len(prompts) == 1 else f"{self.id}-{i}"
-            self.requests.append(Generate(rid, prompt.ids, prompt.sampling))
+            self.requests.append(Generate(rid, prompt.ids, prompt.sampling, cache_salt=body.cache_salt or ""))
             for j in range(prompt.sampling.n):
-                text = TextStream(self.tokenizer, prompt.sampling, prompt.ids)
+                text = TextStream(self.tokenizer, prompt.sampling, prompt.ids, prompt.keep_ids)
                 choice = Choice(len(self.choices), j, prompt, text)
                 self.choices.append(choice)
                 self._by_output[rid, j] = choice
@@ -108,6 +116,8 @@ class BaseGeneration:
                 frames.append(self._fail(output.error or "the engine failed"))
             else:
                 frames.append(self._push(choice, output))
+                if output.usage is not None and output.usage.reasoning_tokens:  # exact, unlike what the text shows
+                    choice.reasoning_tokens = min(output.usage.reasoning_tokens, len(choice.text.token_ids))
         return b"".join(frames)
 
     def take_aborts(self) -> list[tuple[str, int]]:
@@ -129,8 +139,9 @@ class BaseGeneration:
                 "object": self.full_object,
                 "created": self.created,
                 "model": self.model.name,
-                "choices": [self._final(choice) for choice in self.choices],
+                "choices": [self._final(choice) for choice in self._answers()],
                 "usage": self.usage(),
+                **self._extra(),
             }
         )
 
@@ -143,20 +154,52 @@ class BaseGeneration:
             "completion_tokens": num_completion,
             "total_tokens": num_prompt + num_completion,
             "prompt_tokens_details": {"cached_tokens": sum(prompt.cached_tokens for prompt in self.prompts)},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": sum(choice.reasoning_tokens for choice in self.choices)
+            },
         }
 
     def _push(self, choice: Choice, output: Output) -> bytes:
         """One output of one open choice, as frames when streaming."""
         delta = choice.text.push(output)
-        if delta.finish_reason is not None:
-            choice.finish_reason = delta.finish_reason
+        if output.prompt_logprobs is not None:
+            choice.prompt.logprobs = output.prompt_logprobs
+        self._read(choice, delta)
+        if choice.finish_reason is not None:
             self._close(choice)
+        if self._max_top is not None:
+            delta = delta._replace(logprobs=trimmed(delta.logprobs, self._max_top))
         if self.stream:
             return self._frames(choice, delta)
         if delta.logprobs:
             choice.logprobs.extend(delta.logprobs)
         return b""
+
+    def _read(self, choice: Choice, delta: Delta) -> None:
+        """Takes note of a delta; a dialect with markup reads it here."""
+        choice.finish_reason = delta.finish_reason
+        if choice.parser is not None:
+            self._parse(choice, delta)
+
+    def _parse(self, choice: Choice, delta: Delta) -> None:
+        parser, reason = choice.parser, delta.finish_reason
+        was_thinking = parser.thinking
+        choice.events = parser.push(delta.text)
+        if was_thinking or parser.thinking:
+            choice.reasoning_tokens += len(delta.token_ids)
+        if reason is None and parser.done:
+            reason = "stop"
+        if reason is not None:
+            events, choice.finish_reason = parser.finish(reason)
+            choice.events += events
+
+    def _answers(self) -> list[Choice]:
+        """The choices that the client gets."""
+        return self.choices
+
+    def _extra(self) -> dict:
+        """Further fields of the whole answer."""
+        return {}
 
     def _close(self, choice: Choice) -> None:
         self._num_open -= 1

@@ -23,6 +23,39 @@ def chat_logprobs(tokenizer: Tokenizer, token_ids: list[int], entries: list[Toke
     }
 
 
+def trimmed(entries: list[TokenLogprob | None] | None, k: int) -> list[TokenLogprob | None] | None:
+    """`entries` with at most the `k` best alternatives each."""
+    if entries is None:
+        return None
+    return [e and TokenLogprob(e.logprob, e.top_ids[:k], e.top_logprobs[:k]) for e in entries]
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, token_ids: list[int], entries: list[TokenLogprob | None]
+) -> list[dict | None]:
+    """vLLM's `prompt_logprobs`: per prompt token {id: {logprob, rank, decoded_token}}, of it and the best.
+
+    The first token's is None. rank: 1 is best; None below the best ones that were asked for.
+    """
+    return [
+        None if entry is None else _ranked(tokenizer, token_id, entry)
+        for token_id, entry in zip(token_ids, entries, strict=True)
+    ]
+
+
+def _ranked(tokenizer: Tokenizer, token_id: int, entry: TokenLogprob) -> dict[str, dict]:
+    ranks = {top_id: i for i, top_id in enumerate(entry.top_ids, 1)}
+    pairs = [(token_id, entry.logprob), *zip(entry.top_ids, entry.top_logprobs)]
+    return {
+        str(each): {
+            "logprob": max(logprob, _LOWEST),
+            "rank": ranks.get(each),
+            "decoded_token": tokenizer.token_bytes(each).decode("utf-8", "replace"),
+        }
+        for each, logprob in pairs
+    }
+
+
 class LegacyLogprobs:
     """`choices[].logprobs` of a text completion, over one choice from its first token on.
 

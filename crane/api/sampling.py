@@ -27,7 +27,8 @@ def sampling_params(
 ) -> SamplingParams:
     """All of a body but its prompt. `fit` then adapts max_tokens to each prompt.
 
-    max_tokens: as the client gave it, or None. Raises RequestError naming the field.
+    max_tokens: as the client gave it, or None. prompt_logprobs: wanted with `logprobs` alternatives,
+    apart from those that body.prompt_logprobs asks for. Raises RequestError naming the field.
     """
     model = context.model
     chosen = {
@@ -40,6 +41,10 @@ def sampling_params(
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "goes with stream: true only")
     model.check_ids(body.stop_token_ids or [], "stop_token_ids")
+    if body.prompt_logprobs is not None:
+        if body.stream:
+            raise invalid("prompt_logprobs", "goes with stream: false only")
+        logprobs, prompt_logprobs = max(logprobs or 0, body.prompt_logprobs), True
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=chosen["temperature"],
@@ -49,7 +54,7 @@ def sampling_params(
         repetition_penalty=chosen["repetition_penalty"],
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
-        logit_bias=_logit_bias(body.logit_bias or {}, model),
+        logit_bias=bias_by_id(body.logit_bias or {}, model),
         seed=body.seed,
         n=body.n or 1,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
@@ -89,11 +94,12 @@ def check_choices(num_prompts: int, n: int) -> None:
         raise invalid("n", f"expected at most {MAX_CHOICES} choices over all prompts, got {num_prompts * n}")
 
 
-def _logit_bias(given: dict[str, float], model: ServedModel) -> dict[int, float]:
+def bias_by_id(given: dict[str, float], model: ServedModel, field: str = "logit_bias") -> dict[int, float]:
+    """logit_bias of a body, with numbers for keys. Raises RequestError."""
     for key in given:
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < model.num_ids):
             expected = f"expected token ids in 0..{model.num_ids - 1} as keys"
-            raise invalid("logit_bias", f"{expected}, got {key[:40]!r}")
+            raise invalid(field, f"{expected}, got {key[:40]!r}")
     return {int(key): bias for key, bias in given.items()}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from crane.errors import ModelError, RequestError
 from crane.models.chat import ChatTemplate, load_chat_template
 from crane.models.config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
-from crane.models.files import open_checkpoint
+from crane.models.files import Checkpoint, open_checkpoint
 from crane.models.tokenizer import Tokenizer, load_tokenizer
 from crane.runtime.settings import Settings
 
@@ -17,6 +17,7 @@ from crane.runtime.settings import Settings
 class ServedModel:
     """Everything text-shaped about the served model; loaded once per worker.
 
+    architectures: as config.json names them, or a GGUF file its one.
     created: Unix time of the checkpoint, the same in every worker. special_text: finds
     special tokens spelled out in a text; None when the tokenizer has none.
     """
@@ -28,6 +29,7 @@ class ServedModel:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     special_text: re.Pattern[str] | None
+    architectures: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, settings: Settings) -> "ServedModel":
@@ -45,6 +47,7 @@ class ServedModel:
             tokenizer=tokenizer,
             template=load_chat_template(checkpoint, tokenizer, config.model_type),
             special_text=_special_text(tokenizer),
+            architectures=_architectures(checkpoint),
         )
 
     @property
@@ -80,6 +83,12 @@ def _special_text(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     # of one character is no mark but a letter; and longer ones come first, as they may hold shorter ones
     marks = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, marks))) if marks else None
+
+
+def _architectures(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if checkpoint.format == "gguf":
+        return (checkpoint.metadata["general.architecture"],)
+    return tuple((checkpoint.read_json("config.json") or {}).get("architectures") or ())
 
 
 def _modified(path: Path) -> int:

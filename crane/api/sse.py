@@ -20,8 +20,13 @@ def json_text(text: str) -> bytes:
     Some clients split lines as `str.splitlines` does, so the three separators
     that JSON leaves unescaped are escaped here.
     """
-    raw = _json(text)
-    if not text.isascii():
+    return json_line(text)
+
+
+def json_line(value) -> bytes:
+    """The same for any value."""
+    raw = _json(value)
+    if not raw.isascii():
         raw = raw.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
         raw = raw.replace(b"\xc2\x85", b"\\u0085")
     return raw

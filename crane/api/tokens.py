@@ -56,8 +56,8 @@ def detokenize(context: Context, request: Request) -> Reply:
 
 
 def _refuse_chat_options(body: TokenizeBody, given: str) -> None:
-    for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
-        if getattr(body, name) is not None:
+    for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"):
+        if getattr(body, name) not in (None, []):
             raise invalid(name, f"goes with messages, not with {given}")
 
 
@@ -67,7 +67,7 @@ def _strings(context: Context, ids: list[int]) -> list[str]:
 
 
 ENDPOINTS = tuple(
-    Endpoint("POST", prefix + path, run, needs="model")
+    Endpoint("POST", prefix + path, run, needs="model", body=body)
     for prefix in ("/v1", "")
-    for path, run in (("/tokenize", tokenize), ("/detokenize", detokenize))
+    for path, run, body in (("/tokenize", tokenize, TokenizeBody), ("/detokenize", detokenize, DetokenizeBody))
 )

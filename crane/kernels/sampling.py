@@ -68,74 +68,77 @@ def sample(logits: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor,
     float32 [rows]; top_k: int64 [rows], 0 is off; uniform: float64 [rows]. Temperature 0 is greedy (ties
     go to the lowest id). top_p acts on what top_k kept, renormalised; min_p on the ratio to the best.
     """
-    drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    limit = torch.where(top_k == 0, logits.shape[1], top_k.clamp(max=logits.shape[1]))
     greedy = temperature == 0
-    if greedy.any():
-        drawn[greedy] = logits[greedy].argmax(-1)
-    rest = (~greedy).nonzero()[:, 0]
-    if len(rest):
-        scaled = logits[rest] / temperature[rest, None]
-        drawn[rest] = _draw(scaled, top_k[rest], top_p[rest], min_p[rest], uniform[rest])
+    whole = ~greedy & (limit == logits.shape[1]) & (top_p >= 1.0)
+    drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    for mask, draw in ((greedy, _draw_greedy), (whole, _draw_whole), (~greedy & ~whole, _draw_filtered)):
+        if mask.all():  # the usual case, and a copy of all logits costs more than the draw
+            return draw(logits, temperature, limit, top_p, min_p, uniform)
+        if mask.any():
+            drawn[mask] = draw(*(part[mask] for part in (logits, temperature, limit, top_p, min_p, uniform)))
     return drawn
 
 
-def _draw(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
-    rows, vocab = scaled.shape
-    open_rows = (top_k == 0) & (top_p >= 1.0)
-    drawn = torch.empty(rows, dtype=torch.int64, device=scaled.device)
-    if open_rows.any():
-        picked = open_rows.nonzero()[:, 0]
-        kept = scaled[picked]
-        floor = kept.amax(-1, keepdim=True) + min_p[picked, None].log()
-        drawn[picked] = _inverse_transform(kept.masked_fill(kept < floor, -torch.inf), uniform[picked])
-    if not open_rows.all():
-        picked = (~open_rows).nonzero()[:, 0]
-        drawn[picked] = _draw_filtered(scaled[picked], top_k[picked], top_p[picked], min_p[picked], uniform[picked])
-    return drawn
+def _draw_greedy(logits: Tensor, *_) -> Tensor:
+    return logits.argmax(-1)
 
 
-def _draw_filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+def _draw_whole(logits: Tensor, temperature: Tensor, limit: Tensor, top_p: Tensor, min_p: Tensor,
+                uniform: Tensor) -> Tensor:
+    """Rows without top-k and top-p: the whole vocabulary, less what min-p takes."""
+    scaled = logits / temperature[:, None]
+    if bool((min_p > 0).any()):
+        floor = scaled.amax(-1, keepdim=True) + min_p[:, None].log()
+        scaled = scaled.masked_fill(scaled < floor, -torch.inf)
+    return _inverse_transform(scaled, uniform)
+
+
+def _draw_filtered(logits: Tensor, temperature: Tensor, limit: Tensor, top_p: Tensor, min_p: Tensor,
+                   uniform: Tensor) -> Tensor:
     """Rows with top-k or top-p: a few candidates decide, unless the kept set turns out wider than them."""
-    vocab = scaled.shape[1]
-    limit = torch.where(top_k == 0, vocab, top_k.clamp(max=vocab))
+    vocab = logits.shape[1]
     wanted = int(limit.max())
     width = min(vocab, wanted + 1 if wanted < _NUM_CANDIDATES else _NUM_CANDIDATES)
-    values, ids = _largest(scaled, width)
-    threshold, known = _threshold(scaled, values, limit, top_p, min_p)
+    values, ids = _largest(logits, width)
+    values = values / temperature[:, None]
+    threshold, known = _threshold(logits, temperature, values, limit, top_p, min_p)
     # A candidate list is complete when its last value falls short of the threshold (or it is the vocabulary).
     complete = known & ((values[:, -1] < threshold) | (width == vocab))
-    drawn = torch.empty(len(scaled), dtype=torch.int64, device=scaled.device)
-    if complete.any():
-        ids, order = ids[complete].sort(dim=1)
-        values = values[complete].gather(1, order)
-        kept = values.masked_fill(values < threshold[complete, None], -torch.inf)
-        drawn[complete] = ids.gather(1, _inverse_transform(kept, uniform[complete])[:, None])[:, 0]
+    ids, order = ids.sort(dim=1)
+    values = values.gather(1, order)
+    # an incomplete row keeps its best candidate here, so that it has something to draw; its draw follows
+    kept = values.masked_fill(values < torch.minimum(threshold, values.amax(1))[:, None], -torch.inf)
+    drawn = ids.gather(1, _inverse_transform(kept, uniform)[:, None])[:, 0]
     for row in (~complete).nonzero()[:, 0].tolist():
         one = slice(row, row + 1)
-        ordered = scaled[one].sort(dim=1, descending=True).values
-        threshold, _ = _threshold(scaled[one], ordered, limit[one], top_p[one], min_p[one])
-        kept = scaled[one].masked_fill(scaled[one] < threshold[:, None], -torch.inf)
-        drawn[one] = _inverse_transform(kept, uniform[one])
+        scaled = logits[one] / temperature[one, None]
+        ordered = scaled.sort(dim=1, descending=True).values
+        threshold, _ = _threshold(logits[one], temperature[one], ordered, limit[one], top_p[one], min_p[one])
+        drawn[one] = _inverse_transform(scaled.masked_fill(scaled < threshold[:, None], -torch.inf), uniform[one])
     return drawn
 
 
-def _threshold(scaled: Tensor, values: Tensor, limit: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest logit each row keeps, and whether `values` (its largest, descending) suffice to know it."""
-    width, vocab = values.shape[1], scaled.shape[1]
+def _threshold(logits: Tensor, temperature: Tensor, values: Tensor, limit: Tensor, top_p: Tensor,
+               min_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest scaled logit each row keeps, and whether `values` (its largest, descending) suffice to know it."""
+    width, vocab = values.shape[1], logits.shape[1]
     best = values[:, 0]
     weights = (values - best[:, None]).exp().double()
     rank = torch.arange(width, device=values.device)
     weights = weights.masked_fill(rank >= limit[:, None], 0.0)
     sums = weights.cumsum(1)
     # top-p renormalises over what top-k kept; without top-k that is the whole vocabulary
-    total = sums[:, -1]
-    if bool((limit == vocab).any()) and width < vocab:
-        total = torch.where(limit == vocab, (scaled - best[:, None]).exp().sum(1, dtype=torch.float64), total)
+    total = sums[:, -1].clone()
+    whole = limit == vocab
+    if width < vocab and bool(whole.any()):
+        scaled = logits[whole] / temperature[whole, None]
+        total[whole] = (scaled - best[whole, None]).exp().sum(1, dtype=torch.float64)
     # the smallest prefix that reaches the mass: tokens whose preceding mass is below it
     num_kept = (sums - weights < top_p[:, None].double() * total[:, None]).logical_and(rank < limit[:, None]).sum(1)
     num_kept = num_kept.clamp(min=1)
     # with width < limit < vocab the mass that top-k keeps is not known yet
-    known = (limit <= width) | ((limit == vocab) & (num_kept < width)) | (width == vocab)
+    known = (limit <= width) | (whole & (num_kept < width)) | (width == vocab)
     threshold = values.gather(1, (num_kept - 1)[:, None])[:, 0]
     return torch.maximum(threshold, best + min_p.log()), known
 

@@ -78,15 +78,19 @@ class Tokenizer:
         return "".join([decoder.push(token_id) for token_id in ids]) + decoder.flush()
 
     def decoder(
-        self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = (), continuing: bool = False
+        self,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        continuing: bool = False,
+        keep_ids: frozenset[int] = frozenset(),
     ) -> "IncrementalDecoder":
-        """A decoder for tokens that follow `prompt_ids`.
+        """A decoder for tokens that follow `prompt_ids`. keep_ids: special tokens that are not skipped.
 
         A character that the prompt leaves unfinished is completed. SentencePiece's own space
         at the start of a text is dropped, unless the prompt has text; continuing: it has
         text, which is not given here.
         """
-        return IncrementalDecoder(self, skip_special_tokens, prompt_ids, continuing)
+        return IncrementalDecoder(self, skip_special_tokens, prompt_ids, continuing, keep_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Exact bytes of one token, perhaps a part of a character. Raises RequestError for an unknown id."""
@@ -115,11 +119,16 @@ class IncrementalDecoder:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_ids: Sequence[int], continuing: bool
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool,
+        prompt_ids: Sequence[int],
+        continuing: bool,
+        keep_ids: frozenset[int] = frozenset(),
     ):
         self._vocab_size = tokenizer.vocab_size
         self._token_bytes = tokenizer.token_bytes
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids - keep_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_left = 0 if continuing else tokenizer.strip_left
         if prompt_ids:

@@ -123,19 +123,22 @@ class Link:
         return self.state.info
 
     def open(self, requests: Sequence[Generate]) -> Stream:
-        """Send the requests. Raises EngineError at once when the engine is not ready or a rid is in use."""
+        """Send the requests, of a large group the first ones.
+
+        Raises EngineError at once when the engine is not ready or a rid is in use.
+        """
         self._check_ready()
         rids = [request.rid for request in requests]
         taken = next((rid for i, rid in enumerate(rids) if rid in self._streams or rid in rids[:i]), None)
         if taken is not None:
             raise EngineError("duplicate_rid", f"a request with id {taken!r} is running")
         try:
-            frames = b"".join(pack(request) for request in requests)
+            frames = [pack(request) for request in requests]
         except WireError as error:
             raise EngineError("too_long", f"the request is too large: {error}") from None
-        stream = Stream(self, requests)
+        # half of the queue at most is for one group
+        stream = Stream(self, requests, frames, max(self.settings.max_queue // 2, 1))
         self._streams.update(dict.fromkeys(rids, stream))
-        self._connection.transport.write(frames)
         return stream
 
     async def call(self, op: str, payload: Any = None, timeout_s: float = 30.0) -> Any:
@@ -179,6 +182,9 @@ class Link:
         raise EngineError(code, texts[code], 5.0 if code == "failed" else RETRY_S)
 
     # for streams and the connection
+
+    def send(self, frame: bytes) -> None:
+        self._connection.transport.write(frame)
 
     def forget(self, rid: str) -> None:
         """The stream does not want the request any more."""

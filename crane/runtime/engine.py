@@ -7,20 +7,27 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
+
 from crane.models.config import load_config
-from crane.models.files import Checkpoint, open_checkpoint
+from crane.models.files import open_checkpoint
 from crane.models.registry import load_model
 from crane.models.tokenizer import load_tokenizer
 from crane.runtime import device as devices
+from crane.runtime.grammar import GrammarCompiler, wait_any
 from crane.runtime.kv_cache import allocate_pages
+from crane.runtime.metrics import Metrics
 from crane.runtime.pages import PagePool
 from crane.runtime.runner import ModelRunner
 from crane.runtime.scheduler import Scheduler
-from crane.runtime.sequence import Sequence
+from crane.runtime.sequence import Sequence, Status
 from crane.runtime.settings import Settings
 from crane.runtime.types import Accepted, EngineInfo, EngineStats, Generate, Output, Rejected
 
 log = logging.getLogger("crane.engine")
+
+# When every sequence waits for its grammar, the engine looks for new messages so often.
+_GRAMMAR_POLL_S = 0.005
 
 
 class Engine:
@@ -38,9 +45,12 @@ class Engine:
         device = devices.pick_device(settings)
         dtype = devices.pick_dtype(settings, device, config.dtype)
         with ThreadPoolExecutor(1) as pool:  # the vocabulary is read while the weights are
-            vocab = pool.submit(_vocab_size, checkpoint, config.vocab_size)
+            loaded = pool.submit(load_tokenizer, checkpoint)
             model = load_model(checkpoint, config, device, dtype, progress)
-            vocab_size = vocab.result()
+            tokenizer = loaded.result()
+        # A model's embedding is often padded beyond its tokenizer; some fine-tunes add tokens the model lacks:
+        # ids that may be given or drawn are those that both know.
+        vocab_size = min(tokenizer.vocab_size, config.vocab_size)
         num_pages, max_model_len = devices.page_budget(settings, config, device, dtype)
         kv = allocate_pages(config, num_pages, settings.page_size, dtype=dtype, device=device)
         self.runner = ModelRunner(model, kv, vocab_size)
@@ -50,9 +60,13 @@ class Engine:
             quantum_tokens=settings.decode_tokens_per_seq,
             max_step_tokens=settings.max_step_tokens,
             max_model_len=max_model_len,
+            prefix_cache=settings.prefix_cache,
         )
         self._eos_ids = frozenset(config.eos_token_ids)
+        self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_ids)
+        self._compiling: list[Sequence] = []  # new sequences whose grammar may yet turn out to be wrong
         self._stats = EngineStats(num_pages=num_pages)
+        self._metrics = Metrics()
         self._prefill = _Rate()
         self._decode = _Rate()
         self.info = EngineInfo(
@@ -85,8 +99,13 @@ class Engine:
         sampling = request.sampling
         # 63 bits: torch has no unsigned 64-bit integers
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        for index in range(sampling.n):
-            self.scheduler.enqueue(Sequence(request, index, seed, self._eos_ids))
+        sequences = [Sequence(request, index, seed, self._eos_ids) for index in range(sampling.n)]
+        for sequence in sequences:
+            sequence.leader = sequences[0] if sequence is not sequences[0] else None
+            sequence.constraint = self._grammars.constraint(sampling, sequence.stop_ids)
+            self.scheduler.enqueue(sequence)
+        if sampling.grammar is not None:
+            self._compiling += sequences
         self._stats.total_requests += 1
         self._stats.prompt_tokens += len(request.prompt_ids)
         return Accepted(request.rid)
@@ -108,6 +127,11 @@ class Engine:
             return "bad_request", f"stop_token_ids, logit_bias keys and logprob_ids must be in [0, {info.vocab_size})"
         if request.pooling not in (None, "last", "mean") or (request.pooling and sampling.n != 1):
             return "bad_request", "pooling must be last or mean, of one choice"
+        thinking = sampling.thinking
+        if thinking and any(not 0 <= i < info.vocab_size for i in (*thinking.start_ids, *thinking.end_ids)):
+            return "bad_request", f"thinking.start_ids and end_ids must be in [0, {info.vocab_size})"
+        if sampling.grammar is not None and (problem := self._grammars.problem(sampling.grammar)):
+            return "bad_request", problem
         if len(ids) + min(0 if request.pooling else sampling.max_tokens, 1) > info.max_model_len:
             return "too_long", f"a prompt of {len(ids)} tokens exceeds the limit of {info.max_model_len} tokens"
         if self.scheduler.num_waiting >= self.settings.max_queue:
@@ -126,11 +150,17 @@ class Engine:
         """
         ended = self.scheduler.end([s for s in self.scheduler.find(rid) if index in (None, s.index)], "abort")
         rids = {output.rid for output in ended}
+        for output in ended:
+            self._metrics.end(output, "abort" if index is None else "stop")
         if index is None:
             self._stats.aborted_requests += len(rids)
         else:  # it got all it wanted
             self._stats.completed_requests += sum(not self.scheduler.find(rid) for rid in rids)
         return ended
+
+    def flush_cache(self) -> int:
+        """Forget all remembered prefixes; returns how many pages become blank."""
+        return self.scheduler.flush()
 
     def fail_all(self, message: str) -> list[Output]:
         """End every request with an error: the last resort after a fault nobody in particular caused."""
@@ -138,9 +168,12 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Plan, run and commit one step. A fault in it fails the requests of its batch, nobody else's."""
+        refused = self._refuse_grammars()
         batch = self.scheduler.plan()
         if not batch.rows:
-            return []
+            if not refused and self.has_work:
+                wait_any([s.constraint for s in self.scheduler.find(None) if s.constraint], _GRAMMAR_POLL_S)
+            return refused
         started_s = time.perf_counter()
         try:
             picked = self.runner.run(batch)
@@ -148,13 +181,27 @@ class Engine:
             log.exception("a step of %d rows failed", len(batch.rows))
             rids = {row.sequence.rid for row in batch.rows}
             broken = [s for s in self.scheduler.find(None) if s.rid in rids]
-            return self._fail(broken, f"the engine failed on this request: {type(error).__name__}")
+            return refused + self._fail(broken, f"the engine failed on this request: {type(error).__name__}")
         outputs = self.scheduler.commit(batch, picked)
         self._count(batch, outputs, time.perf_counter() - started_s)
+        self._metrics.step(batch, outputs)
+        return refused + outputs
+
+    def _refuse_grammars(self) -> list[Output]:
+        """End sequences whose grammar turns out not to compile."""
+        outputs = []
+        for sequence in list(self._compiling):
+            error = sequence.constraint.check()
+            if error and sequence.status is not Status.FINISHED:
+                outputs += self._fail([sequence], error)
+            if error or not sequence.waits:
+                self._compiling.remove(sequence)
         return outputs
 
     def _fail(self, sequences: list[Sequence], message: str) -> list[Output]:
         ended = self.scheduler.end(sequences, "error", message)
+        for output in ended:
+            self._metrics.end(output)
         self._stats.failed_requests += len({output.rid for output in ended})
         return ended
 
@@ -162,7 +209,9 @@ class Engine:
         stats = self._stats
         stats.steps += 1
         stats.generated_tokens += sum(len(output.token_ids) for output in outputs)
-        finished = {output.rid for output in outputs if output.finish_reason}
+        failed = {output.rid for output in outputs if output.finish_reason == "error"}
+        finished = {output.rid for output in outputs if output.finish_reason} - failed
+        stats.failed_requests += len(failed)
         stats.completed_requests += sum(not self.scheduler.find(rid) for rid in finished)
         decoded = sum(row.count == 1 for row in batch.rows)
         # a mixed step's time goes to both by their shares of its tokens
@@ -170,10 +219,15 @@ class Engine:
         self._decode.add(decoded, decoded * share_s)
         self._prefill.add(batch.num_tokens - decoded, (batch.num_tokens - decoded) * share_s)
 
+    def metrics(self) -> dict:
+        """All that is counted: `Metrics.snapshot`, and the counters of `stats` by name."""
+        return self._metrics.snapshot() | {"stats": msgspec.to_builtins(self.stats())}
+
     def stats(self) -> EngineStats:
         """A snapshot of the counters."""
         stats, scheduler = self._stats, self.scheduler
         stats.preemptions = scheduler.num_preemptions
+        stats.cached_tokens = scheduler.num_cached_tokens
         stats.avg_decode_tokens_per_sec = round(self._decode.value, 2)
         stats.avg_prefill_tokens_per_sec = round(self._prefill.value, 2)
         stats.waiting_sequences = scheduler.num_waiting
@@ -197,11 +251,3 @@ class _Rate:
     @property
     def value(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
-
-
-def _vocab_size(checkpoint: Checkpoint, padded: int) -> int:
-    """How many ids may be given or drawn: those that both the tokenizer and the model know.
-
-    A model's embedding is often padded beyond its tokenizer; some fine-tunes add tokens the model lacks.
-    """
-    return min(load_tokenizer(checkpoint).vocab_size, padded)

@@ -41,8 +41,8 @@ BIND_S = 60.0
 EXIT_HALT = 3
 # Settings that the engine does not look at: changing them needs no other engine.
 API_SETTINGS = frozenset(
-    ("model_name", "host", "port", "workers", "engine_socket", "max_body", "api_key", "api_key_file", "metrics_key",
-     "cors_origins", "access_log", "worker_swap", "log_level")
+    ("model_name", "host", "port", "workers", "engine_socket", "max_body", "response_store", "api_key", "api_key_file",
+     "metrics_key", "cors_origins", "access_log", "worker_swap", "log_level")
 )  # fmt: skip
 
 
@@ -220,6 +220,8 @@ def spawn(settings: Settings, place: Meeting, command: Sequence[str] = ENGINE_CO
     """
     if settings.model_path:
         settings = dataclasses.replace(settings, model_path=os.path.abspath(settings.model_path))
+    # every user of the machine can read arguments, and the engine asks for no key
+    settings = dataclasses.replace(settings, api_key="")
     wanted = [f"{name}={value}" for name, value in settings.to_env().items()]
     arguments = ["--socket", str(place.socket), "--arbiter-pid", str(place.arbiter_pid), *wanted]
     return subprocess.Popen(

@@ -1,16 +1,21 @@
 """Computes a batch: rows -> tensors -> model -> logits of the rows that want them -> picked tokens."""
 
+import time
 import weakref
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from crane.models.context import ForwardContext
 from crane.runtime.batch import Batch, Picked, Row
+from crane.runtime.grammar import Constraint
 from crane.runtime.sampler import Sampler
 from crane.runtime.sequence import Sequence
 from crane.runtime.types import TokenLogprob
 
+# A mask that is not ready so long after the logits costs its sequence this step.
+_MASK_PATIENCE_S = 0.005
 # Prompt log-probabilities need whole rows of logits: so many positions at a time.
 _LOGIT_CHUNK = 64
 
@@ -35,6 +40,7 @@ class ModelRunner:
         """One step: writes K/V of all rows into their pages, draws a token for each row that samples."""
         rows = batch.rows
         context = self._context(rows)
+        constrained = _start_masks(rows)  # computed on other threads meanwhile
         token_ids = [t for row in rows for t in row.sequence.token_ids[row.start : row.start + row.count]]
         hidden = self.model(self._ints(token_ids), context)  # [num_tokens, hidden]
         picked = [Picked() for _ in rows]
@@ -49,7 +55,13 @@ class ModelRunner:
         if sampling:
             last = [context.query_starts[index] + rows[index].count - 1 for index in sampling]
             logits = self.model.logits(hidden[self._ints(last)])
-            drawn, logprobs = self.sampler.pick(logits, [rows[index].sequence for index in sampling])
+            masks = _take_masks(constrained)
+            late = [masks.get(index, 0) is None for index in sampling]
+            if any(late):
+                logits = logits[[place for place, is_late in enumerate(late) if not is_late]]
+                sampling = [index for index, is_late in zip(sampling, late, strict=True) if not is_late]
+            places = {place: masks[index] for place, index in enumerate(sampling) if index in masks}
+            drawn, logprobs = self.sampler.pick(logits, [rows[index].sequence for index in sampling], places)
             for index, token_id, logprob in zip(sampling, drawn, logprobs, strict=True):
                 picked[index].token_id = token_id
                 picked[index].logprob = logprob
@@ -105,3 +117,18 @@ class ModelRunner:
 
     def _ints(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _start_masks(rows: list[Row]) -> dict[int, Constraint]:
+    """Constraints that apply to the tokens to be drawn, by row; their masks are on their way."""
+    found = {i: row.sequence.constraint for i, row in enumerate(rows) if row.samples and row.sequence.constraint}
+    found = {i: constraint for i, constraint in found.items() if constraint.applies}
+    for constraint in found.values():
+        constraint.start()
+    return found
+
+
+def _take_masks(constrained: dict[int, Constraint]) -> dict[int, np.ndarray | None]:
+    """The masks by row; None for those that are late."""
+    until_s = time.monotonic() + _MASK_PATIENCE_S
+    return {i: constraint.allowed(max(until_s - time.monotonic(), 0)) for i, constraint in constrained.items()}

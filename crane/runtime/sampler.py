@@ -43,15 +43,22 @@ class Sampler:
         self.device = device
         self._seen: weakref.WeakKeyDictionary[Sequence, _Seen] = weakref.WeakKeyDictionary()
 
-    def pick(self, logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
+    def pick(
+        self, logits: Tensor, sequences: list[Sequence], masks: dict[int, np.ndarray]
+    ) -> tuple[list[int], list[TokenLogprob | None]]:
         """One token, and its log-probability when asked for, per sequence.
 
-        logits: float32 [rows, vocab], left as they are.
+        logits: float32 [rows, vocab], changed in place. masks: of rows that may not go on with every token,
+        bits of the allowed ones, uint32 [words], lowest first; at least one is set.
         """
-        raw = logits[:, : self.vocab_size]
-        logits = raw.clone() if any(_changes_logits(s) for s in sequences) else raw
+        raw = logits = logits[:, : self.vocab_size]
+        if any(s.sampling.logprobs is not None for s in sequences) and (
+            masks or any(_changes_logits(s) for s in sequences)
+        ):
+            logits = raw.clone()  # log-probabilities are those of the raw distribution
+        self._mask(logits, masks)
         self._penalise(logits, sequences)
-        self._bias(logits, sequences)
+        self._bias(logits, sequences, masks)
         if all(s.sampling.greedy for s in sequences):
             drawn = logits.argmax(-1)
         else:
@@ -108,11 +115,19 @@ class Sampler:
             presence=spread([p.presence_penalty for p in params], np.float32),
         )
 
-    def _bias(self, logits: Tensor, sequences: list[Sequence]) -> None:
+    def _mask(self, logits: Tensor, masks: dict[int, np.ndarray]) -> None:
+        places = torch.arange(32, dtype=torch.int32, device=self.device)
+        for row, bits in masks.items():
+            words = torch.from_numpy(bits.view(np.int32)).to(self.device)
+            allowed = (words[:, None] >> places).bitwise_and_(1).bool().flatten()[: self.vocab_size]
+            logits[row].masked_fill_(~allowed, -torch.inf)
+
+    def _bias(self, logits: Tensor, sequences: list[Sequence], masks: dict[int, np.ndarray]) -> None:
         rows, ids, values = [], [], []
         for row, sequence in enumerate(sequences):
             bias = dict(sequence.sampling.logit_bias)
-            if sequence.num_output < sequence.sampling.min_tokens:
+            # a mask knows when the output may end
+            if sequence.num_output < sequence.sampling.min_tokens and row not in masks:
                 bias.update(dict.fromkeys(sequence.stop_ids, -torch.inf))
             rows += [row] * len(bias)
             ids += bias.keys()

@@ -10,6 +10,9 @@ is left of `max_step_tokens` on prompts, oldest first. A prompt gets all of its 
 when it gets its slot, so half-computed prompts cannot starve each other. When a
 growing sequence finds no free page, the one that came last gives up its pages
 and is recomputed later: its tokens, and the noise of its next ones, stay as they are.
+
+A full page is remembered by its content. A sequence that gets pages shares those whose content it starts with, and
+computes only what follows. The choices of one request wait for the first one's prompt, and then share it.
 """
 
 import time
@@ -25,7 +28,7 @@ class Scheduler:
     """Owns all live sequences and all pages. Every sequence is in exactly one of `queue`, `running`."""
 
     def __init__(self, pool: PagePool, *, max_running: int, quantum_tokens: int, max_step_tokens: int,
-                 max_model_len: int):
+                 max_model_len: int, prefix_cache: bool = True):
         assert max_model_len <= pool.num_pages * pool.page_size, "one sequence may not outgrow the pool"
         self.pool = pool
         self.max_running = max_running
@@ -34,7 +37,9 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.queue: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.prefix_cache = prefix_cache
         self.num_preemptions = 0
+        self.num_cached_tokens = 0  # prompt tokens that did not have to be computed
 
     @property
     def has_work(self) -> bool:
@@ -54,10 +59,10 @@ class Scheduler:
     # --- plan
 
     def plan(self) -> Batch:
-        """The next step. Empty only when there is nothing to do."""
+        """The next step. Empty only when there is nothing to do, or all that is left waits for a grammar."""
         self._yield_slots()
         self._fill_slots()
-        decoding = [s for s in self.running if s.num_wanted == 1]
+        decoding = [s for s in self.running if s.num_wanted == 1 and not s.waits]
         prompts = [s for s in self.running if s.num_wanted > 1]
         budget = self.max_step_tokens
         batch = Batch()
@@ -84,7 +89,7 @@ class Scheduler:
 
     def _yield_slots(self) -> None:
         """Sequences past their quantum give their slots to as many that wait."""
-        wanted = len(self.queue) - (self.max_running - len(self.running))
+        wanted = sum(not s.waits for s in self.queue) - (self.max_running - len(self.running))
         for sequence in list(self.running):
             if wanted <= 0:
                 break
@@ -97,10 +102,14 @@ class Scheduler:
     def _fill_slots(self) -> None:
         """Give free run slots to the queue, in order."""
         self._admit()
-        while self.queue and not self.running:
+        while not self.running:
+            head = next((s for s in self.queue if not s.waits), None)
+            if head is None:
+                return
             # Everybody waits for pages that others in the queue hold: the last holder gives up its own.
-            holder = next(s for s in reversed(self.queue) if s.pages and s is not self.queue[0])
+            holder = next(s for s in reversed(self.queue) if s.pages and s is not head)
             self.num_preemptions += 1
+            holder.num_preemptions += 1
             self._release(holder)
             self._admit()
 
@@ -112,20 +121,75 @@ class Scheduler:
         blocked = False
         while self.queue and len(self.running) < self.max_running:
             sequence = self.queue.popleft()
-            missing = max(self.pool.pages_for(len(sequence.token_ids)) - len(sequence.pages), 0)
             starts = not sequence.pages
-            reserve = len(self.running) if starts else 0
-            if (starts and blocked) or (missing and missing + reserve > self.pool.num_free):
+            if starts and (blocked or sequence.waits or self._waits_for_leader(sequence)):
+                waiting.append(sequence)
+                continue
+            if not (self._start(sequence) if starts else self._resume(sequence)):
                 blocked = blocked or starts
                 waiting.append(sequence)
                 continue
-            sequence.pages += self.pool.take(missing)
             sequence.status = Status.RUNNING
             sequence.quantum_used = 0
             if sequence.admitted_s is None:
                 sequence.admitted_s = time.monotonic()
             self.running.append(sequence)
         self.queue = waiting + self.queue
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Pages for the whole past of a sequence without any: those it can share, and new ones; False: too few."""
+        nodes = self.pool.match(sequence.token_ids, sequence.salt) if self._may_share(sequence) else []
+        missing = self.pool.pages_for(len(sequence.token_ids)) - len(nodes)
+        if missing + len(self.running) > self.pool.num_free - self.pool.num_kept_of(nodes):
+            return False
+        shared = [node.page for node in nodes]
+        self.pool.share(shared)
+        sequence.pages = shared + self.pool.take(missing)
+        sequence.nodes = nodes
+        sequence.num_computed = len(nodes) * self.pool.page_size
+        if sequence.admitted_s is None:
+            sequence.num_cached = sequence.num_computed
+            self.num_cached_tokens += sequence.num_cached
+        return True
+
+    def _resume(self, sequence: Sequence) -> bool:
+        """The next token's page for a sequence that kept its pages; False: none is free."""
+        missing = max(self.pool.pages_for(len(sequence.token_ids)) - len(sequence.pages), 0)
+        if missing > self.pool.num_free:
+            return False
+        sequence.pages += self.pool.take(missing)
+        return True
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        """What is wanted of every prompt position has to be computed at every position."""
+        return self.prefix_cache and not sequence.wants_prompt_logprobs and sequence.pooling != "mean"
+
+    def _waits_for_leader(self, sequence: Sequence) -> bool:
+        leader = sequence.leader
+        if leader is None or not self._may_share(sequence):
+            return False
+        return leader.status is not Status.FINISHED and leader.num_computed < leader.num_prompt
+
+    def _remember(self, sequence: Sequence) -> None:
+        """Enter the pages that a step has filled into the prefix index."""
+        size = self.pool.page_size
+        while self.prefix_cache and (len(sequence.nodes) + 1) * size <= sequence.num_computed:
+            place = len(sequence.nodes)
+            tokens = tuple(sequence.token_ids[place * size : (place + 1) * size])
+            parent = sequence.nodes[-1] if sequence.nodes else None
+            node = self.pool.remember(parent, sequence.salt, tokens, sequence.pages[place])
+            if node.page != sequence.pages[place]:  # another sequence was first: one copy serves both
+                self.pool.share([node.page])
+                self.pool.release([sequence.pages[place]])
+                sequence.pages[place] = node.page
+            sequence.nodes.append(node)
+
+    def flush(self) -> int:
+        """Forget all remembered pages; live sequences start theirs anew. Returns how many pages became blank."""
+        for sequence in self.find(None):
+            sequence.salt = f"{sequence.salt}\0flushed"  # what it remembers from here on has no known start
+            sequence.nodes = []
+        return self.pool.flush()
 
     def _grow(self, sequence: Sequence, batch: Batch) -> bool:
         """Make room for the sequence's next token; False when it had to give up its own pages."""
@@ -148,6 +212,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take all pages back. The sequence is recomputed as soon as it fits again: first in the queue."""
         self.num_preemptions += 1
+        sequence.num_preemptions += 1
         self._release(sequence)
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
@@ -159,6 +224,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         sequence.pages = []
+        sequence.nodes = []
         sequence.num_computed = 0
 
     # --- commit
@@ -170,10 +236,15 @@ class Scheduler:
             sequence = row.sequence
             if sequence.status is Status.FINISHED:  # aborted while the step ran
                 continue
-            sequence.num_computed += row.count
+            # a row whose mask came too late did not sample: its last token is computed again with the mask
+            late = row.samples and result.token_id is None
+            sequence.num_computed += row.count - late
+            self._remember(sequence)
             if row.prompt_logits:
                 known = len(sequence.prompt_logprobs) - row.start  # more than 0 when recomputed
                 sequence.prompt_logprobs += result.prompt_logprobs[known:]
+            if late:
+                continue
             if row.samples:
                 outputs.append(self._append(sequence, result))
             elif sequence.max_tokens == 0 and sequence.num_wanted == 0:
@@ -188,8 +259,15 @@ class Scheduler:
         sequence.token_ids.append(token_id)
         sequence.quantum_used += 1
         logprobs = [result.logprob] if result.logprob is not None else None
+        constraint = sequence.constraint
+        if constraint is not None:
+            constraint.advance(token_id)
+            if constraint.error:
+                return self._finish(sequence, "error", error=constraint.error)
         if token_id in sequence.stop_ids and sequence.num_output > sequence.sampling.min_tokens:
             return self._finish(sequence, "stop", [token_id], logprobs, matched_id=token_id)
+        if constraint is not None and constraint.finished:
+            return self._finish(sequence, "stop", [token_id], logprobs)
         if sequence.num_output >= sequence.max_tokens:
             return self._finish(sequence, "length", [token_id], logprobs)
         return self._output(sequence, [token_id], logprobs=logprobs)
@@ -208,6 +286,8 @@ class Scheduler:
 
     def _output(self, sequence: Sequence, token_ids: list[int], **fields) -> Output:
         first = sequence.num_output == len(token_ids)
+        if first:  # whoever ends it by a stop string will not see the last one
+            fields.setdefault("usage", sequence.usage())
         if sequence.sampling.prompt_logprobs and sequence.index == 0 and first:
             # nothing precedes the first prompt token, so it has no log-probability
             fields["prompt_logprobs"] = [None, *sequence.prompt_logprobs]

@@ -34,13 +34,20 @@ class Sequence:
         self.max_tokens = 0 if request.pooling else sampling.max_tokens
         self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
         self.num_computed = 0
+        self.num_preemptions = 0  # how often it gave up its pages
         self.pages: list[int] = []
+        self.nodes: list = []  # what the first of them contain, as `PagePool` remembers it
+        self.salt = request.cache_salt  # texts share pages only with texts of the same salt
+        self.num_cached = 0  # prompt tokens found in remembered pages when it first started
+        self.leader: Sequence | None = None  # the first choice of the same request
+        self.constraint = None  # `grammar.Constraint` on its tokens, when there is one
         self.status = Status.QUEUED
         self.quantum_used = 0  # tokens decoded since it last got a run slot
         self.prompt_logprobs: list = []  # collected chunk by chunk when asked for
         self.arrival_s = time.monotonic()
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
+        self.last_token_s: float | None = None  # written by Metrics
 
     @property
     def num_output(self) -> int:
@@ -50,6 +57,11 @@ class Sequence:
     def num_wanted(self) -> int:
         """Tokens to compute before the next one can be sampled."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def waits(self) -> bool:
+        """Its next token cannot be drawn yet, whatever is computed: its grammar is not ready."""
+        return self.constraint is not None and self.constraint.waits
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -64,7 +76,10 @@ class Sequence:
         return Usage(
             prompt_tokens=self.num_prompt,
             completion_tokens=self.num_output,
+            cached_tokens=self.num_cached,
             queue_s=admitted - self.arrival_s,
             prefill_s=first - admitted,
             decode_s=now - first,
+            reasoning_tokens=self.constraint.reasoning_tokens if self.constraint else 0,
+            num_preemptions=self.num_preemptions,
         )

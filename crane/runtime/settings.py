@@ -19,8 +19,8 @@ _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def _setting(default, help, *, choices=None, minimum=None, kind=None, secret=False):
-    meta = {"help": help, "choices": choices, "minimum": minimum, "kind": kind or type(default).__name__}
-    return field(default=default, metadata=meta | {"secret": secret}, repr=not secret)
+    meta = {"help": help, "choices": choices, "minimum": minimum, "secret": secret}
+    return field(default=default, metadata=meta | {"kind": kind or type(default).__name__}, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,29 @@ class Settings:
     dtype: str = _setting("auto", "compute type", choices=("auto", "float32", "bfloat16", "float16"))
     threads: int = _setting(0, "CPU threads of the engine (0: one per core)", minimum=0)
     page_size: int = _setting(16, "tokens in one KV page", minimum=1)
+    prefix_cache: bool = _setting(True, "keep computed prompts for later requests that start the same way")
     kv_memory: int = _setting(0, "memory for KV pages, e.g. 2g or 500m (0: measured)", minimum=0, kind="bytes")
     max_model_len: int = _setting(0, "longest prompt plus output in tokens (0: the model's own)", minimum=0)
     max_step_tokens: int = _setting(512, "tokens computed in one step, at most", minimum=1)
     max_queue: int = _setting(256, "requests waiting, at most; beyond it 429", minimum=1)
     linger_s: float = _setting(10.0, "seconds the engine outlives its last API worker", minimum=0)
     # API workers
+    reasoning_field: str = _setting(
+        "reasoning_content",
+        "field of a chat's answer that has the reasoning: reasoning_content, or both it and reasoning",
+        choices=("reasoning_content", "both"),
+    )
     workers: int = _setting(1, "API worker processes of `crane serve`", minimum=1)
     engine_socket: str = _setting("", "socket of an engine to use instead of starting one")
+    response_store: int = _setting(
+        64 << 20, "disk space for stored responses of /v1/responses (0: nothing is stored)", minimum=0, kind="bytes"
+    )
     max_body: int = _setting(32 << 20, "largest request body", minimum=1, kind="bytes")
     graceful_timeout_s: int = _setting(60, "seconds running requests get after SIGTERM", minimum=0)
     api_key: str = _setting(
         "", "keys, separated by commas, of which clients must send one (in a file: --api-key-file)", secret=True
     )
-    api_key_file: str = _setting("", "file of such keys, one a line")
+    api_key_file: str = _setting("", "file of such keys, one a line; SIGHUP reads it again")
     metrics_key: bool = _setting(False, "ask for a key at /metrics, too")
     cors_origins: str = _setting("", "web origins whose pages may call the API, separated by commas, or * for all")
     access_log: bool = _setting(True, "log a line per request")
@@ -80,11 +89,6 @@ class Settings:
                 raise SettingsError(f"unknown variable {name}; known: {', '.join(sorted(specs))}")
             values[specs[name].name] = parse(specs[name], text, name)
         return cls(**{**values, **overrides})
-
-    def public(self) -> dict:
-        """All settings by name, fit to show to a client: without secrets."""
-        secret = {spec.name for spec in dataclasses.fields(self) if spec.metadata["secret"]}
-        return {name: value for name, value in vars(self).items() if name not in secret}
 
     def to_env(self) -> dict[str, str]:
         """The variables that make `from_env` give these settings, defaults left out."""

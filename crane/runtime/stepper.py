@@ -14,6 +14,7 @@ import msgspec
 from crane.errors import CraneError
 from crane.runtime.settings import Settings
 from crane.runtime.types import Abort, Call, EngineInfo, Generate, Output, Rejected, Reply, Step
+from crane.runtime.waiting import Waiting
 
 log = logging.getLogger("crane.engine")
 
@@ -56,6 +57,7 @@ class Stepper(threading.Thread):
         self._listener = listener
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._owners: dict[str, _Owner] = {}
+        self._waiting = Waiting()
         self._draining = False
         self._num_broken = 0
 
@@ -89,8 +91,11 @@ class Stepper(threading.Thread):
     def _serve(self, engine) -> None:
         while not self._draining or engine.has_work or not self._inbox.empty():
             messages = self._take(engine)
+            messages += self._waiting.prepare(engine)
             if engine.has_work:
-                messages += self._route(self._step(engine))
+                outputs = self._step(engine)
+                messages += self._route(outputs)
+                messages += self._waiting.follow(outputs)
             if messages:
                 self._tell(self._listener.deliver, messages)
             if self._num_broken >= MAX_BROKEN_STEPS:
@@ -112,6 +117,10 @@ class Stepper(threading.Thread):
                 self._draining = True
             elif isinstance(message, Abort):
                 answers += self._route(engine.abort(message.rid, message.index))
+            elif isinstance(message, Call) and message.op == "abort":
+                answers += self._abort(engine, peer, message)
+            elif isinstance(message, Call) and message.op in Waiting.OPS:
+                self._waiting.add(peer, message)
             else:
                 answers.append((peer, self._answer(engine, peer, message)))
 
@@ -130,10 +139,26 @@ class Stepper(threading.Thread):
             return answer
         if message.op == "stats":
             return Reply(message.id, msgspec.to_builtins(engine.stats()))
+        if message.op == "metrics":
+            return Reply(message.id, engine.metrics())
         return Reply(message.id, error=f"unknown question {message.op!r}")
+
+    def _abort(self, engine, peer, call: Call) -> list[tuple]:
+        """End the requests of any peer whose rid begins with the payload, or all; answers how many.
+
+        `rid#i` that is no request's own is choice i of request `rid`.
+        """
+        start = call.payload
+        named = [(rid, None) for rid in self._owners if start is None or rid.startswith(start)]
+        if not named:
+            rid, _, index = start.rpartition("#") if start else ("", "", "")
+            named = [(rid, int(index))] if index.isdecimal() and rid in self._owners else []
+        outputs = [output for rid, index in named for output in engine.abort(rid, index)]
+        return [*self._route(outputs), (peer, Reply(call.id, len({output.rid for output in outputs})))]
 
     def _forget(self, engine, peer) -> None:
         """The peer is gone: end its requests."""
+        self._waiting.forget(peer)
         for rid in [rid for rid, owner in self._owners.items() if owner.peer is peer]:
             del self._owners[rid]
             engine.abort(rid)
@@ -145,7 +170,8 @@ class Stepper(threading.Thread):
             log.exception("an engine step failed")
             outputs = engine.fail_all(f"the engine failed: {type(error).__name__}")
         if outputs:
-            broken = all(output.finish_reason == "error" for output in outputs)
+            # a grammar that does not work out is its request's fault
+            broken = all(o.finish_reason == "error" and not (o.error or "").startswith("the grammar") for o in outputs)
             self._num_broken = self._num_broken + 1 if broken else 0
         return outputs
 

@@ -16,6 +16,9 @@ LOST = "engine_lost: the engine ended before it finished this request"
 class Carrier(Protocol):
     """Who sends a stream's requests: `client.Link`."""
 
+    def send(self, frame: bytes) -> None:
+        """To the engine."""
+
     def forget(self, rid: str) -> None:
         """The stream does not want the request any more."""
 
@@ -24,16 +27,26 @@ class Carrier(Protocol):
 
 
 class Stream:
-    """The outputs of one group of requests, in order of arrival. Belongs to the link's loop."""
+    """The outputs of one group of requests, in order of arrival. Belongs to the link's loop.
 
-    def __init__(self, link: Carrier, requests: Sequence[Generate]):
+    frames: the requests, packed. The engine gets as many of them as make `window` choices, and
+    another whenever one ends: a large group fits into its queue, and leaves room for others.
+    """
+
+    def __init__(self, link: Carrier, requests: Sequence[Generate], frames: Sequence[bytes], window: int):
         self._link = link
         self._open = {request.rid: set(range(request.sampling.n)) for request in requests}
-        self._unaccepted = set(self._open)
+        self._frames = {request.rid: (frame, request.sampling.n) for request, frame in zip(requests, frames)}
+        self._window = window
+        self._num_sent = 0  # choices of requests that the engine has
+        self._unsent = deque(self._open)
+        self._unaccepted: set[str] = set()
         self._refused: EngineError | None = None
         self._outputs: deque[Output] = deque()
         self._changed = asyncio.Event()
         self._disconnected = False
+        self._send()
+        self._first = set(self._unaccepted)
 
     @property
     def finished(self) -> bool:
@@ -41,8 +54,9 @@ class Stream:
         return not self._open
 
     async def accepted(self) -> None:
-        """Wait until the engine has taken all requests. EngineError when it refuses one: none runs then."""
-        while self._unaccepted and self._refused is None and not self._disconnected:
+        """Wait until the engine has taken the first requests, of most groups all. EngineError when it refuses
+        one: none runs then. Later ones wait for room, and if refused otherwise end with an error."""
+        while self._first and self._refused is None and not self._disconnected:
             self._changed.clear()
             await self._changed.wait()
         if self._refused is not None:
@@ -68,9 +82,8 @@ class Stream:
     def close(self) -> None:
         """Abort what is unfinished; `next` gives nothing more. Idempotent."""
         for rid in self._open:
-            self._link.forget(rid)
-        self._open.clear()
-        self._unaccepted.clear()
+            (self._link.ended if rid in self._unsent else self._link.forget)(rid)
+        self._clear()
         self._outputs.clear()
         self._changed.set()
 
@@ -79,28 +92,70 @@ class Stream:
         rid = message.rid
         if isinstance(message, Accepted):
             self._unaccepted.discard(rid)
+            self._first.discard(rid)
         elif isinstance(message, Rejected):
-            self._refused = self._refused or EngineError(message.code, message.message, message.retry_after_s)
-            self._end(rid)
+            self._reject(rid, message)
         elif rid not in self._unaccepted:  # else a late output of an earlier request with this rid
             self._outputs.append(message)
             if message.finish_reason is not None:
                 self._open[rid].discard(message.index)
+                if message.finish_reason == "abort":  # by somebody who cannot know of those not sent yet
+                    self._drop_unsent()
                 if not self._open[rid]:
                     self._end(rid)
         self._changed.set()
 
+    def _reject(self, rid: str, message: Rejected) -> None:
+        num_others = self._num_sent - self._frames[rid][1]
+        if self._first:
+            self._refused = self._refused or EngineError(message.code, message.message, message.retry_after_s)
+        elif message.code == "queue_full" and num_others:  # others took the room: again when one of ours ends
+            self._num_sent = num_others
+            self._unaccepted.discard(rid)
+            self._unsent.appendleft(rid)
+            return
+        else:
+            self._fail([rid], message.message)
+        self._end(rid)
+
+    def _send(self) -> None:
+        """As many requests as fit into the window; at least one is always under way."""
+        frames = []
+        while self._unsent and self._refused is None:
+            frame, n = self._frames[self._unsent[0]]
+            if self._num_sent and self._num_sent + n > self._window:
+                break
+            self._num_sent += n
+            self._unaccepted.add(self._unsent.popleft())
+            frames.append(frame)
+        if frames:
+            self._link.send(b"".join(frames))
+
+    def _drop_unsent(self) -> None:
+        for rid in self._unsent:
+            self._outputs += [Output(rid, i, [], finish_reason="abort") for i in sorted(self._open.pop(rid))]
+            self._link.ended(rid)
+        self._unsent.clear()
+
     def _end(self, rid: str) -> None:
         self._open.pop(rid, None)
         self._unaccepted.discard(rid)
+        self._num_sent -= self._frames[rid][1]
         self._link.ended(rid)
+        self._send()
+
+    def _fail(self, rids: list[str], reason: str) -> None:
+        for rid in rids:
+            self._outputs += [Output(rid, i, [], finish_reason="error", error=reason) for i in sorted(self._open[rid])]
+
+    def _clear(self) -> None:
+        for group in (self._open, self._unaccepted, self._first, self._unsent):
+            group.clear()
 
     def lose(self) -> None:
         """From the link: the engine is gone."""
-        if self._unaccepted:
+        if self._first:
             self._refused = self._refused or EngineError("lost", LOST, RETRY_S)
-        for rid, indexes in self._open.items():
-            self._outputs += [Output(rid, i, [], finish_reason="error", error=LOST) for i in sorted(indexes)]
-        self._open.clear()
-        self._unaccepted.clear()
+        self._fail(list(self._open), LOST)
+        self._clear()
         self._changed.set()

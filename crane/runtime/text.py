@@ -27,16 +27,19 @@ class TextStream:
 
     token_ids: all tokens of the answer. finished: no text will follow. matched_stop:
     the stop string that came up, on which the caller must abort the request.
-    prompt_ids: what the text follows, when known; see `Tokenizer.decoder`.
+    prompt_ids: what the text follows, when known; keep_ids: see `Tokenizer.decoder`.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, sampling: SamplingParams, prompt_ids: Sequence[int] | None = None
+        self,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        prompt_ids: Sequence[int] | None = None,
+        keep_ids: frozenset[int] = frozenset(),
     ):
-        if prompt_ids is None:
-            self._decoder = tokenizer.decoder(sampling.skip_special_tokens, continuing=True)
-        else:
-            self._decoder = tokenizer.decoder(sampling.skip_special_tokens, prompt_ids)
+        self._decoder = tokenizer.decoder(
+            sampling.skip_special_tokens, prompt_ids or (), continuing=prompt_ids is None, keep_ids=keep_ids
+        )
         if "" in sampling.stop:
             raise RequestError("stop: an empty string would stop every answer", field="stop")
         self._matchers = [StopMatcher(stop) for stop in sampling.stop]

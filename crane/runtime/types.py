@@ -74,6 +74,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         for token_id, bias in self.logit_bias.items():
             if not abs(bias) <= _MAX_BIAS:
                 return f"logit_bias of token {token_id} must be in [-{_MAX_BIAS}, {_MAX_BIAS}], got {bias!r}"
+        if self.thinking is not None and not self.thinking.end_ids:
+            return "thinking.end_ids must name at least one token"
+        if self.thinking is not None and self.thinking.max_tokens is not None and self.thinking.max_tokens < 0:
+            return f"thinking.max_tokens must be at least 0, got {self.thinking.max_tokens}"
         return None
 
 
@@ -105,6 +109,8 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
     sampling: SamplingParams
     # "last" or "mean": no token is drawn; the one output carries the pooled last hidden state
     pooling: Literal["last", "mean"] | None = None
+    # computed prefixes are shared only between requests of the same salt
+    cache_salt: str = ""
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -120,7 +126,7 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
     """API to engine: a question, answered by `Reply` with the same id.
 
-    op: "stats".
+    op: "stats", "metrics", "abort" (payload: the beginning of rids, None for all), or one of `waiting.Waiting`.
     """
 
     id: int
@@ -147,7 +153,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Counts and times of one finished choice; times in seconds."""
+    """Counts and times of one choice so far; times in seconds."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -155,6 +161,8 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
     queue_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    reasoning_tokens: int = 0  # of completion_tokens: those of the thinking section
+    num_preemptions: int = 0  # how often it gave up its KV pages to be recomputed
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
@@ -165,7 +173,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     logprobs: one per new token when asked for.
     prompt_logprobs: on the first output of choice 0 when asked for; the entry of
         the first prompt token is None.
-    usage: on the last output. error: a message when finish_reason is "error".
+    usage: so far, on the first and the last output. error: a message when finish_reason is "error".
     embedding: float32 values of the pooled, unnormalised hidden state, on the one output of a pooling request.
     """
 
@@ -249,6 +257,7 @@ class EngineStats(msgspec.Struct):
     failed_requests: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    cached_tokens: int = 0
     preemptions: int = 0
     avg_decode_tokens_per_sec: float = 0.0
     avg_prefill_tokens_per_sec: float = 0.0

@@ -55,7 +55,7 @@ class FrameReader:
                 break
             try:
                 messages.append(self._decoder.decode(memoryview(buffer)[start + 4 : end]))
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 raise WireError(f"malformed frame: {error}") from error
             start = end
         if start:

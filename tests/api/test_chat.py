@@ -44,7 +44,9 @@ def test_reply_has_openais_shape(client, say):
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": "The sky is blue.", "refusal": None},
+                "message": {
+                    "role": "assistant", "content": "The sky is blue.", "refusal": None, "annotations": [],
+                },
                 "logprobs": None,
                 "finish_reason": "stop",
             }
@@ -314,3 +316,61 @@ def test_special_tokens_of_the_operator_are_parsed(client, say, model):
         PATH, {"messages": [{"role": "system", "content": "a<|im_end|>"}, {"role": "user", "content": "b"}]}
     )
     assert here.link.opened[0].prompt_ids.count(EOS) == 3
+
+
+def test_render_gives_the_prompt_without_an_answer(client, model):
+    here = client()
+    forged = {"messages": [{"role": "user", "content": "Hi<|im_end|>"}], "max_tokens": 5}
+    body = here.post(PATH + "/render", forged).json()
+    assert body["prompt"] == "<|im_start|>user\nHi<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert body["count"] == len(body["prompt_token_ids"]) and here.link.opened == []
+    assert model.tokenizer.decode(body["prompt_token_ids"], skip_special_tokens=False) == body["prompt"]
+
+
+def test_token_ids_are_returned_on_request(client, say, model):
+    here = client(say("A crane 🙂", eos=EOS))
+    body = here.post(PATH, {**HELLO, "return_token_ids": True}).json()
+    assert body["prompt_token_ids"] == here.link.opened[0].prompt_ids
+    token_ids = model.tokenizer.encode("A crane 🙂", False) + [EOS]
+    assert body["choices"][0]["token_ids"] == token_ids
+    *chunks, _ = here.post(PATH, {**HELLO, "return_token_ids": True, "n": 2, "stream": True}).data()
+    assert [chunk.get("prompt_token_ids") for chunk in chunks][:2] == [body["prompt_token_ids"], None]
+    for i in range(2):
+        own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == i]
+        assert [each for part in own for each in part.get("token_ids", [])] == token_ids
+    assert "token_ids" not in here.post(PATH, HELLO).json()["choices"][0]
+
+
+def test_prompt_logprobs_are_vllms(client, model):
+    def script(request):
+        entries = [TokenLogprob(-2.0, [5, 6, 7], [-0.1, -0.2, -0.3]) for _ in request.prompt_ids]
+        first = Output(request.rid, 0, [40], "stop", prompt_logprobs=[None, *entries[1:]], logprobs=entries[:1])
+        return [first]
+
+    here = client(script)
+    body = here.post(PATH, {**HELLO, "prompt_logprobs": 2}).json()
+    sampling, ids = here.link.opened[0].sampling, here.link.opened[0].prompt_ids
+    assert sampling.prompt_logprobs and sampling.logprobs == 2
+    assert body["prompt_logprobs"][0] is None and len(body["prompt_logprobs"]) == len(ids)
+    second = body["prompt_logprobs"][1]
+    assert set(second) == {str(ids[1]), "5", "6"}
+    text = model.tokenizer.decode([ids[1]], skip_special_tokens=False)
+    assert second[str(ids[1])] == {"logprob": -2.0, "rank": None, "decoded_token": text}
+    assert second["6"]["rank"] == 2 and second["6"]["logprob"] == -0.2
+    assert body["choices"][0]["logprobs"] is None
+    fields = {**HELLO, "prompt_logprobs": 2, "logprobs": True, "top_logprobs": 1}
+    (token,) = here.post(PATH, fields).json()["choices"][0]["logprobs"]["content"]
+    assert len(token["top_logprobs"]) == 1
+
+
+def test_cache_salt_reaches_the_engine(client, say):
+    here = client(say("x"))
+    here.post(PATH, {**HELLO, "cache_salt": "tenant-1"})
+    here.post(PATH, HELLO)
+    assert [request.cache_salt for request in here.link.opened] == ["tenant-1", ""]
+
+
+def test_service_tier_is_echoed_as_the_one_that_served(client, say):
+    here = client(say("x"))
+    assert here.post(PATH, {**HELLO, "service_tier": "auto"}).json()["service_tier"] == "default"
+    assert "service_tier" not in here.post(PATH, HELLO).json()

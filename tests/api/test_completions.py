@@ -4,6 +4,8 @@ import pytest
 
 from crane.runtime.types import Output, TokenLogprob, Usage
 from tests.api.harness import speak
+from tests.api.talk import FIM, with_special_tags
+from tests.tiny import make_tiny
 
 PATH = "/v1/completions"
 
@@ -228,3 +230,66 @@ def test_choice_that_stops_leaves_its_siblings_running(client, model):
     assert ends == [0, 1]  # each once, and the first to stop first
     assert texts == {0: "a ", 1: "a b c d e f"}
     assert here.link.aborted == [(here.link.opened[0].rid, 0)]  # choice 0 only, at once
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids_are_returned_on_request(client, say, model, stream):
+    here = client(say("one two"))
+    response = here.post(PATH, {"prompt": ["a", "bc"], "return_token_ids": True, "stream": stream})
+    parts = [c["choices"][0] for c in response.data()[:-1]] if stream else response.json()["choices"]
+    for i, request in enumerate(here.link.opened):
+        own = [part for part in parts if part["index"] == i]
+        assert [part.get("prompt_token_ids") for part in own] == [request.prompt_ids] + [None] * (len(own) - 1)
+        token_ids = [each for part in own for each in part["token_ids"]]
+        assert token_ids == model.tokenizer.encode("one two", False)
+
+
+def test_prompt_logprobs_come_with_each_choice(client, model):
+    here = client(scored(model, "x"))
+    body = here.post(PATH, {"prompt": "one two", "prompt_logprobs": 1, "n": 2}).json()
+    request = here.link.opened[0]
+    assert request.sampling.prompt_logprobs and request.sampling.logprobs == 1
+    for choice in body["choices"]:
+        assert choice["logprobs"] is None and choice["text"] == "x"
+        first, second, *_ = choice["prompt_logprobs"]
+        assert first is None and second["7"]["rank"] == 1
+        assert second[str(request.prompt_ids[1])]["logprob"] == -1.0
+
+
+def test_best_of_keeps_the_likeliest_on_average(client, model):
+    values = [-3.0, -1.0, -2.0, -4.0]
+    texts = ["three", "one", "two two two", "four"]
+
+    def script(request):
+        assert (request.sampling.n, request.sampling.logprobs) == (4, 0)
+        outputs = []
+        for i, text in enumerate(texts):
+            ids = model.tokenizer.encode(text, False)
+            lps = [TokenLogprob(values[i])] * len(ids)
+            outputs.append(Output(request.rid, i, ids, "stop", logprobs=lps, usage=Usage(1, len(ids))))
+        return [outputs]
+
+    body = client(script).post(PATH, {"prompt": "a", "best_of": 4, "n": 2}).json()
+    assert [(c["index"], c["text"], c["logprobs"]) for c in body["choices"]] == [
+        (0, "one", None),
+        (1, "two two two", None),
+    ]
+    num_all = sum(len(model.tokenizer.encode(text, False)) for text in texts)
+    assert body["usage"]["completion_tokens"] == num_all
+
+
+def test_suffix_makes_a_prompt_to_fill_the_middle(client, say, tmp_path):
+    served = with_special_tags(make_tiny(tmp_path / "fim", "qwen2"), FIM)
+    here = client(say("mid"))
+    here.app._given_model = served
+    body = {"prompt": "def f(", "suffix": "return 1<|fim_middle|>", "stop_token_ids": [9]}
+    assert here.post(PATH, body).json()["choices"][0]["text"] == "mid"
+    request = here.link.opened[0]
+    prefix, suffix, middle, pad = (served.tokenizer.token_to_id(mark) for mark in FIM)
+    ids = request.prompt_ids
+    assert (ids[0], ids[-1], ids.count(suffix), ids.count(middle)) == (prefix, middle, 1, 1)
+    text = served.tokenizer.decode(ids, skip_special_tokens=False)
+    assert text == "<|fim_prefix|>def f(<|fim_suffix|>return 1<|fim_middle|><|fim_middle|>"
+    assert request.sampling.stop_token_ids == (9, pad)
+    response = here.post(PATH, {**body, "echo": True})
+    assert response.status == 400 and response.json()["error"]["param"] == "suffix"

@@ -83,7 +83,21 @@ BAD_CHAT = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{"name": "f"}]}, "functions"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0].type"),
+    ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"function_call": {"name": "f"}}, "function_call"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_object"}, "regex": "a"}, "regex"),
+    ({"guided_regex": "a", "ebnf": "b"}, "ebnf"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"thinking_token_budget": 5}, "thinking_token_budget"),
+    ({"thinking_token_budget": -1}, "thinking_token_budget"),
+    ({"thinking_token_budget": 5, "reasoning_budget_tokens": 6}, "reasoning_budget_tokens"),
+    ({"reasoning_effort": "extreme"}, "reasoning_effort"),
+    ({"prompt_logprobs": 2, "stream": True}, "prompt_logprobs"),
     ({"modalities": ["audio"]}, "modalities"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
@@ -126,7 +140,11 @@ BAD_TEXT = [
     ({"prompt": "a", "logprobs": True}, "logprobs"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
     ({"prompt": "a", "suffix": "b"}, "suffix"),
-    ({"prompt": "a", "best_of": 3, "n": 2}, "best_of"),
+    ({"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
+    ({"prompt": "a", "best_of": 3, "stream": True}, "best_of"),
+    ({"prompt": ["a"] * 9, "best_of": 128}, "n"),
+    ({"prompt": "a", "prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ({"prompt": ["a"] * 9, "n": 128}, "n"),
     ({"prompt": "a", "messages": []}, "messages"),
 ]
@@ -141,6 +159,7 @@ BAD_TOKENS = [
     ("tokenize", {}, "text"),
     ("tokenize", {"text": "a", "prompt": "b"}, "prompt"),
     ("tokenize", {"text": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+    ("tokenize", {"text": "a", "tools": [{"function": {"name": "f"}}]}, "tools"),
     ("tokenize", {"text": 1}, "text"),
     ("detokenize", {}, "tokens"),
     ("detokenize", {"tokens": [1, [2]]}, "tokens"),
@@ -271,3 +290,18 @@ def test_no_json_at_all_makes_the_server_fail(model, path, extra):
     )
     body = {CHAT: {"messages": HI}, TEXT: {"prompt": "a"}}.get(path, {}) | extra
     assert here.post(path, json.dumps(body).encode()).status in (200, 400, 404)
+
+
+def test_list_of_texts_and_objects_is_checked_item_by_item():
+    from crane.api.bodies import decode
+    from crane.api.score import RerankBody
+
+    body = decode(RerankBody, b'{"query": "q", "documents": [{"text": "a"}, "b"]}')
+    assert [getattr(each, "text", each) for each in body.documents] == ["a", "b"]
+
+
+def test_a_field_with_a_successor_says_which(client):
+    old = {"functions": ([{"name": "f"}], "tools"), "function_call": ({"name": "f"}, "tool_choice")}
+    for name, (value, successor) in old.items():
+        error = refused(client().post(CHAT, {"messages": HI, name: value}))
+        assert error["message"] == f"{name} is not supported, use {successor}"

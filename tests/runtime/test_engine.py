@@ -97,6 +97,21 @@ def test_output_is_the_same_after_neighbours_abort(tiny, references):
     assert engine.scheduler.pool.num_free == engine.info.num_pages
 
 
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_output_is_the_same_with_prefixes_found_as_computed(tiny, params):
+    start = [(5 * j + 1) % 300 for j in range(50)]
+    requests = [Generate(f"r{i}", start[: 20 + 6 * i] + [i, i + 1], params) for i in range(6)]
+    cold = {}
+    for request in requests:
+        cold |= run(make_engine(tiny, prefix_cache=False), [request])
+    engine = make_engine(tiny, page_size=4)
+    for _ in range(2):
+        warm = run(engine, requests)
+        assert {key: tokens for key, (tokens, _) in warm.items()} == {key: tokens for key, (tokens, _) in cold.items()}
+    assert all(last.usage.cached_tokens >= last.usage.prompt_tokens - 4 for _, last in warm.values())
+    assert engine.stats().cached_tokens > 0
+
+
 def test_choices_of_one_request_differ_and_do_not_depend_on_their_number(tiny):
     import msgspec
 
@@ -116,7 +131,7 @@ def test_ending_one_choice_leaves_its_siblings_and_is_no_abort_in_the_stats(tiny
     (ended,) = engine.abort("a", 0)
     assert (ended.index, ended.finish_reason, ended.usage.completion_tokens) == (0, "abort", 1)
     got = run(engine, [])
-    assert list(got) == [("a", 1)] and len(got["a", 1][0]) == SAMPLED.max_tokens - 1
+    assert list(got) == [("a", 1)] and len(got["a", 1][0]) == SAMPLED.max_tokens
     assert (engine.stats().completed_requests, engine.stats().aborted_requests) == (1, 0)
     assert engine.abort("a") == [] and engine.abort("nobody") == []
 

@@ -14,18 +14,28 @@ from crane.runtime.types import Generate, SamplingParams
 EOS = 7
 
 
-def make_scheduler(num_pages=64, page_size=4, max_running=4, quantum_tokens=2, max_step_tokens=16, max_model_len=64):
+def make_scheduler(num_pages=64, page_size=4, max_running=4, quantum_tokens=2, max_step_tokens=16, max_model_len=64,
+                   **options):
     return Scheduler(
         PagePool(num_pages, page_size), max_running=max_running, quantum_tokens=quantum_tokens,
-        max_step_tokens=max_step_tokens, max_model_len=max_model_len,
+        max_step_tokens=max_step_tokens, max_model_len=max_model_len, **options,
     )
 
 
-def add(scheduler, rid, num_prompt=4, **sampling):
-    request = Generate(rid, [100 + i for i in range(num_prompt)], SamplingParams(**sampling))
-    sequence = Sequence(request, 0, 0, frozenset({EOS}))
-    scheduler.enqueue(sequence)
-    return sequence
+def prompt(num_tokens, kind):
+    """Tokens that differ from position to position and, from the first on, from kind to kind."""
+    return [10_000 + 1000 * kind + i for i in range(num_tokens)]
+
+
+def add(scheduler, rid, num_prompt=4, kind=None, salt="", n=1, **sampling):
+    """A request of n choices; its prompt is like no other unless a kind is given."""
+    ids = prompt(num_prompt, kind if kind is not None else 100 + int.from_bytes(rid.encode()))
+    request = Generate(rid, ids, SamplingParams(n=n, **sampling), cache_salt=salt)
+    sequences = [Sequence(request, index, 0, frozenset({EOS})) for index in range(n)]
+    for sequence in sequences:
+        sequence.leader = sequences[0] if sequence is not sequences[0] else None
+        scheduler.enqueue(sequence)
+    return sequences[0]
 
 
 def token_for(sequence):
@@ -108,6 +118,8 @@ def test_running_out_of_pages_recomputes_the_last_comer_and_changes_no_token():
         add(scheduler, rid, num_prompt=6, max_tokens=12)
     outputs = drain(scheduler)
     assert scheduler.num_preemptions > 0
+    ended = [o.usage.num_preemptions for o in outputs if o.finish_reason]
+    assert sum(ended) == scheduler.num_preemptions and ended.count(0) > 0
     for rid in "abc":
         tokens = [t for o in outputs if o.rid == rid for t in o.token_ids]
         assert tokens == [1000 + 6 + i for i in range(12)]
@@ -166,6 +178,112 @@ def test_max_tokens_zero_computes_the_prompt_and_draws_nothing():
     assert [(o.token_ids, o.finish_reason) for o in outputs] == [([], "length")]
 
 
+def rows_of(batch):
+    return [(row.sequence.rid, row.start, row.count) for row in batch.rows]
+
+
+def test_a_prompt_that_was_computed_before_is_computed_from_where_it_differs():
+    scheduler = make_scheduler(max_step_tokens=64)
+    add(scheduler, "a", 18, kind=1, max_tokens=3)
+    drain(scheduler)
+    again = add(scheduler, "b", 18, kind=1, max_tokens=3)
+    longer = add(scheduler, "c", 30, kind=1, max_tokens=3)
+    other = add(scheduler, "d", 18, kind=2, max_tokens=3)
+    batch, _ = step(scheduler)
+    assert rows_of(batch) == [("b", 16, 2), ("c", 16, 14), ("d", 0, 18)]
+    assert again.pages[:4] == longer.pages[:4] and not set(other.pages) & set(longer.pages)
+    outputs = drain(scheduler)
+    assert {o.rid: o.usage.cached_tokens for o in outputs if o.usage} == {"b": 16, "c": 16, "d": 0}
+    assert scheduler.num_cached_tokens == 32
+
+
+def test_a_prompt_of_whole_pages_still_computes_its_last_token():
+    scheduler = make_scheduler()
+    for rid in "ab":
+        add(scheduler, rid, 16, kind=1, max_tokens=1)
+        batch, _ = step(scheduler)
+    assert rows_of(batch) == [("b", 12, 4)]
+
+
+def test_the_next_turn_of_a_chat_finds_prompt_and_answer():
+    scheduler = make_scheduler()
+    first = add(scheduler, "a", 10, kind=1, max_tokens=8)
+    drain(scheduler)
+    request = Generate("b", first.token_ids + [1, 2, 3], SamplingParams(max_tokens=1))
+    scheduler.enqueue(Sequence(request, 0, 0, frozenset()))
+    batch, _ = step(scheduler)
+    assert rows_of(batch) == [("b", 16, 5)]  # 18 tokens were there; the last was never computed
+
+
+def test_requests_in_flight_share_what_is_computed_already_and_keep_one_copy():
+    scheduler = make_scheduler(max_step_tokens=16)
+    one, two = add(scheduler, "a", 14, kind=1, max_tokens=5), add(scheduler, "b", 14, kind=1, max_tokens=5)
+    for _ in range(3):
+        step(scheduler)
+    assert one.pages[:3] == two.pages[:3] and one.pages[3] != two.pages[3]
+    drain(scheduler)
+    assert scheduler.pool.num_free == scheduler.pool.num_pages
+
+
+def test_other_salts_and_switched_off_caches_share_nothing():
+    for options, salts in (({}, ("x", "y")), ({"prefix_cache": False}, ("x", "x"))):
+        scheduler = make_scheduler(max_step_tokens=64, **options)
+        for rid, salt in zip("ab", salts):
+            add(scheduler, rid, 20, kind=1, salt=salt, max_tokens=1)
+            assert rows_of(step(scheduler)[0]) == [(rid, 0, 20)]
+
+
+def test_prompt_logprobs_compute_the_whole_prompt_once_for_all_choices():
+    scheduler = make_scheduler(max_step_tokens=64)
+    add(scheduler, "a", 20, kind=1, max_tokens=1)
+    drain(scheduler)
+    add(scheduler, "b", 20, kind=1, max_tokens=1, logprobs=0, prompt_logprobs=True)
+    assert rows_of(step(scheduler)[0]) == [("b", 0, 20)]
+
+
+def test_choices_wait_for_the_first_and_then_share_its_prompt():
+    scheduler = make_scheduler(max_step_tokens=8)
+    add(scheduler, "a", 18, n=3, max_tokens=4)
+    assert [rows_of(step(scheduler)[0]) for _ in range(3)] == [[("a", 0, 8)], [("a", 8, 8)], [("a", 16, 2)]]
+    assert rows_of(step(scheduler)[0]) == [("a", 18, 1), ("a", 16, 2), ("a", 16, 2)]
+    outputs = drain(scheduler)
+    assert {o.index: o.usage.cached_tokens for o in outputs if o.usage} == {0: 0, 1: 16, 2: 16}
+
+
+def test_choices_go_on_when_the_first_is_aborted_before_its_prompt_is_computed():
+    scheduler = make_scheduler(max_step_tokens=8)
+    first = add(scheduler, "a", 18, n=2, max_tokens=4)
+    step(scheduler)
+    scheduler.end([first], "abort")
+    assert {o.index for o in drain(scheduler) if o.finish_reason} == {1}
+
+
+def test_remembered_pages_give_way_to_new_ones_the_least_recently_used_first():
+    scheduler = make_scheduler(num_pages=16, max_running=1, max_step_tokens=64)
+    for rid, kind in (("a", 1), ("b", 2), ("c", 1)):  # 1 is used again: 2 is older now
+        add(scheduler, rid, 20, kind=kind, max_tokens=1)
+        drain(scheduler)
+    add(scheduler, "d", 42, kind=3, max_tokens=1)
+    drain(scheduler)
+    cached = {}
+    for rid, kind in (("e", 1), ("f", 2)):
+        cached[kind] = len(scheduler.pool.match(prompt(20, kind)))
+    assert cached[1] > 0 and cached[2] == 0
+
+
+def test_flushing_forgets_what_nobody_holds_and_spares_who_runs():
+    scheduler = make_scheduler(max_step_tokens=64)
+    add(scheduler, "a", 20, kind=1, max_tokens=1)
+    drain(scheduler)
+    running = add(scheduler, "b", 20, kind=2, max_tokens=9)
+    step(scheduler)
+    assert scheduler.flush() == 5 and scheduler.pool.num_kept == 0
+    scheduler.check()
+    assert scheduler.pool.match(prompt(20, 1)) == scheduler.pool.match(prompt(20, 2)) == []
+    outputs = drain(scheduler)
+    assert sum(len(o.token_ids) for o in outputs) == 8 and running.status is Status.FINISHED
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Random submits, steps and aborts; every sequence must give exactly its own tokens, and pages must add up."""
 
@@ -177,12 +295,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tokens: dict[str, list[int]] = {}
         self.num_added = 0
 
-    @rule(num_prompt=st.integers(1, 39), max_tokens=st.integers(1, 40))
-    def submit(self, num_prompt, max_tokens):
+    @rule(num_prompt=st.integers(1, 39), max_tokens=st.integers(1, 40), kind=st.sampled_from([None, 0, 1]),
+          salt=st.sampled_from(["", "s"]))
+    def submit(self, num_prompt, max_tokens, kind, salt):
         rid = f"r{self.num_added}"
         self.num_added += 1
-        self.live[rid] = add(self.scheduler, rid, num_prompt, max_tokens=max_tokens)
+        self.live[rid] = add(self.scheduler, rid, num_prompt, kind, salt, max_tokens=max_tokens)
         self.tokens[rid] = []
+
+    @rule()
+    def flush(self):
+        self.scheduler.flush()
 
     @rule()
     def step(self):

@@ -1,0 +1,53 @@
+"""The tools that people run by hand, run here on something small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.serving import start_server
+from tests.tiny import make_tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_tool(name, *arguments):
+    command = [sys.executable, str(ROOT / "tools" / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with start_server(make_tiny(tmp_path_factory.mktemp("tiny"), "qwen2")) as running:
+        yield running
+
+
+def test_bench_http_prints_a_row_per_load_and_ends_in_json(server):
+    done = run_tool("bench_http.py", server.url, "--clients", "1,4", "--max-tokens", "8", "--prompt-words", "5",
+                    "--pid", str(server.process.pid))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert [row["load"] for row in document["rows"]] == ["1 clients", "4 clients"]
+    assert [row["requests"] for row in document["rows"]] == [4, 8]
+    for row in document["rows"]:
+        assert row["tokens_per_s"] > 0 and 0 < row["ttft_ms_p50"] <= row["ttft_ms_p99"]
+        assert row["cpu_ms_per_1000_chunks"] >= 0
+
+
+def test_bench_http_takes_an_arrival_rate(server):
+    done = run_tool("bench_http.py", server.url, "--rate", "50", "--requests", "6", "--max-tokens", "4")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["rows"][0]["requests"] == 6
+
+
+def test_bench_http_times_nothing_when_its_check_fails(server):
+    done = run_tool("bench_http.py", server.url, "--model", "another", "--clients", "1")
+    assert done.returncode == 1
+    assert "status 404" in done.stderr and done.stdout == ""
+
+
+def test_fetch_model_finds_the_default_model_in_the_cache_and_checks_it(smollm2):
+    done = run_tool("fetch_model.py")
+    assert done.returncode == 0 and done.stdout.strip() == str(smollm2)
