@@ -1,7 +1,7 @@
 """The request bodies: one Struct each drives parsing, validation and error messages.
 
 A field is honoured, or refused with an error that names it. Known fields that
-crane does not act on yet are declared with `_later(...)`: null and the listed
+crane does not act on yet are declared with `later(...)`: null and the listed
 neutral values, which ask for nothing, pass; anything else is a 400.
 """
 
@@ -18,21 +18,21 @@ from crane.errors import RequestError
 MAX_INT = 2**31 - 1
 
 
-def _later(*neutral, use: str = ""):
+def later(*neutral, use: str = ""):
     """use: the field that takes this one's place."""
     schema = {"enum": [None, *neutral], "description": "not supported; only these values, which ask for nothing"}
     return Annotated[Any, Meta(extra={"neutral": neutral, "use": use}, extra_json_schema=schema)]
 
 
-Absent = _later()
-Off = _later(False)
-EmptyList = _later([])
-NoFunctions = _later([], use="tools")
-NoFunctionCall = _later("none", "auto", use="tool_choice")
-StandardTier = _later("auto", "default")
-EmptyText = _later("")
-TextOnly = _later(["text"])
-Medium = _later("medium")
+Absent = later()
+Off = later(False)
+EmptyList = later([])
+NoFunctions = later([], use="tools")
+NoFunctionCall = later("none", "auto", use="tool_choice")
+StandardTier = later("auto", "default")
+EmptyText = later("")
+TextOnly = later(["text"])
+Medium = later("medium")
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1000)]

@@ -6,15 +6,15 @@ import msgspec
 from msgspec import Meta
 
 from crane.api.bodies import (
-    MAX_INT, Absent, Body, ChatBody, EmptyList, Function, Message, Off, StopText, ToolCall, decode, invalid, _later,
+    MAX_INT, Absent, Body, ChatBody, EmptyList, Function, Message, Off, StopText, ToolCall, decode, invalid, later,
 )  # fmt: skip
 
 _json = msgspec.json.Encoder().encode
 
 Caching = dict[str, Any] | None  # marks what to cache; crane decides that by itself, and no answer depends on it
-StandardSpeed = _later("standard")
-DirectCaller = _later(["direct"], {"type": "direct"})
-Summarized = _later("summarized")
+StandardSpeed = later("standard")
+DirectCaller = later(["direct"], {"type": "direct"})
+Summarized = later("summarized")
 
 
 class Block(Body, tag_field="type"):

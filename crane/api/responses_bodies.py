@@ -7,18 +7,18 @@ from msgspec import Meta
 
 from crane.api.bodies import (
     MAX_INT, Absent, Body, ChatBody, EmptyList, Function, Medium, Message, Off, StandardTier, StopText, ToolCall,
-    decode, invalid, _later,
+    decode, invalid, later,
 )  # fmt: skip
 from crane.errors import RequestError
 
 _json = msgspec.json.Encoder().encode
 
 LOGPROBS, ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_content"
-DirectCaller = _later({"type": "direct"})
-DirectCallers = _later(["direct"])
-AllTurns = _later("auto", "all_turns")
-AutoSummary = _later("auto")  # crane makes none: reasoning is shown whole
-StandardMode = _later("standard")
+DirectCaller = later({"type": "direct"})
+DirectCallers = later(["direct"])
+AllTurns = later("auto", "all_turns")
+AutoSummary = later("auto")  # crane makes none: reasoning is shown whole
+StandardMode = later("standard")
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
