@@ -221,7 +221,9 @@ class BaseGeneration:
         return self._head + b'],"usage":' + _json(self.usage()) + b"}\n\n"
 
     def _frames(self, choice: Choice, delta: Delta) -> bytes:
+        """The frames of one delta. For subclasses that keep this class's `_push`."""
         raise NotImplementedError
 
     def _final(self, choice: Choice) -> dict:
+        """A finished choice in the whole answer. For subclasses that keep this class's `body`."""
         raise NotImplementedError
