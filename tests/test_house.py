@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "crane"
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
-# House rule: the core (kernels, models, runtime) can be read in an afternoon; every API dialect adds its own files.
-MAX_TOTAL_LINES = 15_500
+# House rule: the core (kernels, models, runtime) can be read in an afternoon; every API dialect adds its own files,
+# every kernel its Triton twin.
+MAX_TOTAL_LINES = 23_000
 
 # What the modules of each package may import from crane; `crane.errors` is open to all.
 FLOORS = {
