@@ -1,6 +1,7 @@
 """The promises of docs/architecture.md that a machine can hold: floors, sizes, torch-free parts."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_versions_are_pinned_for_every_package_that_setup_cfg_names():
 
     def names(text):
         lines = (line.strip() for line in text.splitlines())
-        return {line.split("=")[0].split(">")[0].split("<")[0] for line in lines if line and line[0] != "#"}
+        return {re.split("[=<>;]", line)[0].strip() for line in lines if line and line[0] != "#"}
 
     pinned = names((ROOT / "requirements.txt").read_text())
     assert names(parser["options"]["install_requires"]) - {"torch"} == pinned

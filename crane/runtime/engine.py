@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from crane.kernels import registry
 from crane.models.config import load_config
 from crane.models.files import open_checkpoint
 from crane.models.registry import load_model
@@ -43,6 +44,7 @@ class Engine:
         checkpoint = open_checkpoint(settings.model_path, settings.format)
         config = load_config(checkpoint, settings.model_type)
         device = devices.pick_device(settings)
+        registry.configure(settings.kernels, settings.torch_kernels, device)
         dtype = devices.pick_dtype(settings, device, config.dtype)
         with ThreadPoolExecutor(1) as pool:  # the vocabulary is read while the weights are
             loaded = pool.submit(load_tokenizer, checkpoint)
@@ -233,6 +235,7 @@ class Engine:
         stats.waiting_sequences = scheduler.num_waiting
         stats.active_sequences = len(scheduler.running) + len(scheduler.queue) - stats.waiting_sequences
         stats.free_pages = scheduler.pool.num_free
+        stats.kernels = registry.report()
         stats.uptime_s = round(time.monotonic() - self._started_s, 3)
         return stats
 

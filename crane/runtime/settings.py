@@ -41,6 +41,13 @@ class Settings:
     format: str = _setting("auto", "weight format", choices=("auto", "safetensors", "gguf"))
     # engine
     dtype: str = _setting("auto", "compute type", choices=("auto", "float32", "bfloat16", "float16"))
+    kernels: str = _setting(
+        "auto",
+        "what computes: auto is Triton on a GPU wherever it can take a call, else torch; torch never uses Triton; "
+        "triton is an error where auto would fall back",
+        choices=("auto", "torch", "triton"),
+    )
+    torch_kernels: str = _setting("", "kernels that run in torch all the same, by name, separated by commas")
     threads: int = _setting(0, "CPU threads of the engine (0: one per core)", minimum=0)
     page_size: int = _setting(16, "tokens in one KV page", minimum=1)
     prefix_cache: bool = _setting(True, "keep computed prompts for later requests that start the same way")

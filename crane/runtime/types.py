@@ -267,6 +267,7 @@ class EngineStats(msgspec.Struct):
     free_pages: int = 0
     steps: int = 0
     uptime_s: float = 0.0
+    kernels: dict[str, str] = {}  # what each runs in, "triton" or "torch", and why not in Triton
 
 
 ToEngine = Hello | Generate | Abort | Call
