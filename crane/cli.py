@@ -1,4 +1,4 @@
-"""The commands: `crane serve`, and `crane-oai`, which is `crane serve` under the seed's name.
+"""The commands: `crane serve`, `crane bench`, and `crane-oai`, which is `crane serve` under the seed's name.
 
 Every field of Settings is a flag and a CRANE_* variable; flags win.
 """
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from crane import __version__
+from crane.bench import engine as bench_engine
 from crane.errors import CraneError, SettingsError
 from crane.runtime import launch
 from crane.runtime.settings import Settings, parse
@@ -22,6 +23,7 @@ _COMMON = (
     "model_path", "model_type", "model_name", "host", "port", "cpu", "max_concurrent",
     "decode_tokens_per_seq", "format",
 )
+_BENCHES = {"engine": bench_engine}
 WORKER_TIMEOUT_S = 120
 KEEPALIVE_S = 5
 _SERVE = {
@@ -37,7 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"crane {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     add_flags(commands.add_parser("serve", help="serve a model over HTTP", **_SERVE))
-    return _serve(parser.parse_args(argv))
+    bench = commands.add_parser("bench", help="measure speed, alone or beside another engine")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="kind")
+    for name, module in _BENCHES.items():
+        module.add_flags(kinds.add_parser(
+            name, help=module.__doc__.partition(":")[2].partition(".")[0].strip(), description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        ))  # fmt: skip
+    options = parser.parse_args(argv)
+    return _BENCHES[options.kind].run(options) if options.command == "bench" else _serve(options)
 
 
 def main_oai(argv: Sequence[str] | None = None) -> int:

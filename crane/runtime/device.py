@@ -8,7 +8,7 @@ import torch
 from crane.errors import SettingsError
 from crane.models.config import ModelConfig
 from crane.runtime.kv_cache import page_bytes
-from crane.runtime.settings import Settings
+from crane.runtime.settings import Settings, num_cores
 
 # Shares of the memory that is free once the weights are loaded. A CPU shares it with everything else
 # that runs there, a GPU is ours.
@@ -40,8 +40,7 @@ def pick_dtype(settings: Settings, device: torch.device, checkpoint_dtype: str) 
 
 def set_threads(settings: Settings) -> None:
     """Give torch --threads threads, or one per core this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(settings.threads or cores)
+    torch.set_num_threads(settings.threads or num_cores())
 
 
 def page_budget(settings: Settings, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:

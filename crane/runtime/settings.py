@@ -124,6 +124,16 @@ def prefer_waiting_threads() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def child_env(**more: str) -> dict[str, str]:
+    """The environment of a child process: ours, and `more`."""
+    return {**os.environ, **more}
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def variable(name: str) -> str:
     """The environment variable of one setting."""
     return f"CRANE_{name.upper()}"

@@ -1,0 +1,73 @@
+"""crane's engine as a benchmark child: `python -m crane.bench.child_crane SETTINGS_JSON`."""
+
+import json
+import sys
+import time
+
+from crane.bench.cell import Cell, Timing, answer, prompts
+from crane.errors import CraneError
+from crane.runtime.settings import Settings, prefer_waiting_threads
+
+
+def main() -> None:
+    """Load the model that the settings name, check it, answer cells."""
+    prefer_waiting_threads()
+    from crane.runtime.engine import Engine
+    from crane.runtime.types import Generate, Rejected, SamplingParams
+
+    try:
+        engine = Engine(Settings(**json.loads(sys.argv[1])))
+    except CraneError as error:
+        sys.exit(str(error))
+    num_asked = 0
+
+    def add(rid: str, ids: list[int], **params) -> None:
+        taken = engine.add(Generate(rid, ids, SamplingParams(temperature=0.0, ignore_eos=True, **params)))
+        if isinstance(taken, Rejected):
+            sys.exit(f"bench: crane refuses a prompt of {len(ids)} tokens: {taken.message}")
+
+    def measure(cell: Cell) -> Timing:
+        nonlocal num_asked
+        num_asked += 1
+        # who starts first decodes while the others' prompts are computed: give everybody tokens enough to last
+        longest = engine.info.max_model_len - cell.context
+        for place, ids in enumerate(prompts(cell, engine.info.vocab_size, num_asked)):
+            add(f"{num_asked}-{place}", ids, max_tokens=longest)
+        started, waiting = time.perf_counter(), {f"{num_asked}-{place}" for place in range(cell.batch)}
+        while waiting:
+            waiting -= {output.rid for output in engine.step()}
+        prefilled, decoded = time.perf_counter(), 0
+        while decoded < cell.batch * cell.tokens:
+            decoded += sum(len(output.token_ids) for output in engine.step())
+        done = time.perf_counter()
+        engine.abort(None)
+        return Timing(prefilled - started, done - prefilled, decoded)
+
+    check(engine, add)
+    answer(f"crane {engine.info.dtype}", measure)
+
+
+def check(engine, add) -> None:
+    """What decoding chooses, computing the same tokens as one prompt must choose too, up to rounding.
+
+    Ends the process with a message when it does not: then there is nothing worth timing.
+    """
+    prompt = prompts(Cell(1, 40, 8), engine.info.vocab_size, 0)[0]
+    add("check", prompt, max_tokens=8)
+    chosen = [token for output in _finish(engine) for token in output.token_ids]
+    add("again", prompt + chosen, max_tokens=1, logprobs=1, prompt_logprobs=True)
+    entries = next(o.prompt_logprobs for o in _finish(engine) if o.prompt_logprobs)[len(prompt) :]
+    behind = max(entry.top_logprobs[0] - entry.logprob for entry in entries)
+    if behind > (1e-3 if engine.info.dtype == "float32" else 0.5):  # bfloat16 over some dozen layers: hundredths
+        sys.exit(f"bench: check failed: a decoded token is {behind:.2f} nats less likely than the best")
+
+
+def _finish(engine) -> list:
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    return outputs
+
+
+if __name__ == "__main__":
+    main()
