@@ -97,7 +97,7 @@ def flush_cache(context: Context, request: Request) -> Answer:
 
 def abort_request(context: Context, request: Request) -> Answer:
     """End requests, of any worker: those whose id begins with `rid`, or all. Ids that do not run are no error."""
-    body = sglang.native_body(AbortBody, request.body)
+    body = sglang.native_body(AbortBody, request.body, context)
 
     def render(num_aborted: int) -> Reply:
         return Reply(_json({"success": True, "num_aborted": num_aborted}))

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from crane.api.endpoint import Context
+from crane.api.limits import refuse_duplicates, refuse_excess
 from crane.errors import RequestError
 
 MAX_INT = 2**31 - 1
@@ -35,7 +37,10 @@ TextOnly = later(["text"])
 Medium = later("medium")
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
-StopText = Annotated[str, Meta(min_length=1, max_length=1000)]
+# the settings set narrower bounds, see `limits`; these are the engine's own
+NumChoices = Annotated[int, Meta(ge=1, le=1024)]
+NumTop = Annotated[int, Meta(ge=0, le=1000)]
+StopText = Annotated[str, Meta(min_length=1)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 
@@ -91,8 +96,8 @@ class GenerateBody(Body):
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Bias] | None = None  # keys are token ids
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] | None = None
-    stop: StopText | Annotated[list[StopText], Meta(max_length=64)] | None = None
+    n: NumChoices | None = None
+    stop: StopText | list[StopText] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_INT)] | None = None
     ignore_eos: bool | None = None
@@ -108,7 +113,7 @@ class GenerateBody(Body):
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    prompt_logprobs: NumTop | None = None
     return_token_ids: bool | None = None
     # computed prefixes are shared only between requests of the same salt
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
@@ -208,12 +213,12 @@ class ChatBody(GenerateBody, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_INT)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: NumTop | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     parallel_tool_calls: bool | None = None  # without tools there is nothing to run in parallel
-    tools: Annotated[list[Tool], Meta(max_length=1024)] | None = None
+    tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     functions: NoFunctions = None
     function_call: NoFunctionCall = None
@@ -235,9 +240,9 @@ class CompletionBody(GenerateBody, kw_only=True):
 
     prompt: str | Annotated[list[str | int | list[TokenId]], Meta(min_length=1)]
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT)] | None = None  # 0 only with echo
-    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    logprobs: NumTop | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
+    best_of: NumChoices | None = None
     suffix: str | None = None  # for models with fill-in-the-middle tokens
 
 
@@ -253,7 +258,7 @@ class TokenizeBody(Body):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
-    tools: Annotated[list[Tool], Meta(max_length=1024)] | None = None
+    tools: list[Tool] | None = None
 
 
 class DetokenizeBody(Body):
@@ -269,8 +274,12 @@ def invalid(field: str, message: str) -> RequestError:
     return RequestError(f"{field}: {message}", field=field, code="invalid_value")
 
 
-def decode(kind: type, raw: bytes):
-    """`raw` as a `kind`. Raises RequestError naming the field, what was expected and what came."""
+def decode(kind: type, raw: bytes, context: Context | None = None):
+    """`raw` as a `kind`, within the limits of the settings. Raises RequestError naming the field, what was expected and
+    what came.
+
+    context: None for what was made of a body that has been checked already.
+    """
     try:
         body = _decoder(kind).decode(raw)
     except msgspec.ValidationError as error:
@@ -278,8 +287,11 @@ def decode(kind: type, raw: bytes):
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RequestError(_why_not_json(raw, error)) from None
+        raise _not_json(raw, error) from None
     refuse_unsupported(body)
+    if context is not None:
+        refuse_duplicates(raw)
+        refuse_excess(body, raw, context)
     return body
 
 
@@ -290,7 +302,7 @@ def refuse_unsupported(body: Body, path: str = "") -> None:
         value = getattr(body, name)
         if value is None:
             continue
-        if name in neutral and value not in neutral[name]["neutral"]:
+        if name in neutral and not any(_same(value, each) for each in neutral[name]["neutral"]):
             field, use = path + name, neutral[name].get("use")
             message = f"{field} is not supported" + (f", use {use}" if use else "")
             raise RequestError(message, field=field, code="unsupported_parameter")
@@ -300,6 +312,10 @@ def refuse_unsupported(body: Body, path: str = "") -> None:
             for i, item in enumerate(value):
                 if isinstance(item, Body):
                     refuse_unsupported(item, f"{path}{name}[{i}].")
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return type(value) is type(neutral) and value == neutral  # 0 is not False
 
 
 @functools.cache
@@ -317,14 +333,29 @@ def _neutral_values(kind: type) -> dict[str, dict]:
     return found
 
 
-def _why_not_json(raw: bytes, error: Exception) -> str:
+def _not_json(raw: bytes, error: Exception) -> RequestError:
+    """A RequestError that says where the body stops being JSON: at a byte, and behind which key."""
     if not raw.strip():
-        return "the body is empty: expected a JSON object"
+        return RequestError("the body is empty: expected a JSON object")
+    at = re.search(r"\(byte (\d+)\)", str(error))
+    what, start = f"not valid JSON: {error}", int(at[1]) if at else len(raw)
+    half = re.search(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|\\u[dD][c-fC-F][0-9a-fA-F]{2}", raw)
     if isinstance(error, UnicodeDecodeError):
-        return "the body is not valid UTF-8"
-    if re.search(rb"\\u[dD][89a-fA-F]", raw):
-        return f"the body is not valid JSON: {error} (half of a surrogate pair is not text)"
-    return f"the body is not valid JSON: {error}"
+        what, start = "not valid UTF-8", _valid_utf8(raw)
+    elif half:
+        what, start = f"{what} (half of a surrogate pair is not text)", half.start()
+    keys = re.findall(rb'"([^"\\]{1,64})"\s*:', raw[max(0, start - 65536) : start])
+    field = keys[-1].decode("utf-8", "replace") if keys else None
+    return RequestError(f"the body is {what}" + (f", in {field!r}" if field else ""), field=field)
+
+
+def _valid_utf8(raw: bytes) -> int:
+    """How many bytes there are before the first that is not UTF-8."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return len(raw)
 
 
 def _invalid(message: str, raw: bytes) -> RequestError:

@@ -118,7 +118,7 @@ class CompletionGeneration(BaseGeneration):
 
 def completions(context: Context, request: Request) -> CompletionGeneration:
     """POST /v1/completions: one choice per prompt and n."""
-    body = decode(CompletionBody, request.body)
+    body = decode(CompletionBody, request.body, context)
     model = context.model
     model.check_name(body.model)
     if body.best_of is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from crane.errors import RequestError
 
-MAX_BYTES = 64 << 10  # of one schema, regular expression, list of choices or grammar
+MAX_BYTES = 256 << 10  # of one schema, regular expression, list of choices or grammar
 MAX_DEPTH = 64  # of arrays and objects in a schema
 MAX_TOOLS_BYTES = 256 << 10  # of all tools together
 TIME_LIMIT_S = 2.0  # for one grammar

@@ -41,7 +41,7 @@ class EmbeddingBody(Body):
 
 def embeddings(context: Context, request: Request) -> GatheredOutputs:
     """POST /v1/embeddings."""
-    body = decode(EmbeddingBody, request.body)
+    body = decode(EmbeddingBody, request.body, context)
     model = context.model
     model.check_name(body.model)
     if body.dimensions is not None and body.dimensions > model.config.hidden_size:

@@ -109,7 +109,7 @@ class MessagesGeneration(BlockGeneration):
 
 def messages(context: Context, request: Request) -> MessagesGeneration:
     """POST /v1/messages."""
-    body = decode(MessagesBody, request.body)
+    body = decode(MessagesBody, request.body, context)
     context.model.check_name(body.model)
     with renamed(_FIELDS):
         chat = chat_body(body)
@@ -120,7 +120,7 @@ def messages(context: Context, request: Request) -> MessagesGeneration:
 
 def count_tokens(context: Context, request: Request) -> Reply:
     """POST /v1/messages/count_tokens."""
-    body = decode(CountBody, request.body)
+    body = decode(CountBody, request.body, context)
     context.model.check_name(body.model)
     with renamed(_FIELDS):
         prepared = prepare(context, chat_body(body))

@@ -135,7 +135,7 @@ class MessagesBody(CountBody, kw_only=True):
     """POST /v1/messages."""
 
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT)]
-    stop_sequences: Annotated[list[StopText], Meta(max_length=64)] | None = None
+    stop_sequences: list[StopText] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None

@@ -160,7 +160,7 @@ def render_chat_completion(context: Context, request: Request) -> Reply:
 
 
 def _prepared(context: Context, request: Request) -> tuple[ChatBody, PreparedChat]:
-    body = decode(ChatBody, request.body)
+    body = decode(ChatBody, request.body, context)
     context.model.check_name(body.model)
     plain = msgspec.to_builtins
     chat = prepare_chat(

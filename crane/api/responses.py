@@ -173,7 +173,7 @@ class ResponsesGeneration(BlockGeneration):
 
 def responses(context: Context, request: Request) -> ResponsesGeneration:
     """POST /v1/responses."""
-    body = decode(ResponsesBody, request.body)
+    body = decode(ResponsesBody, request.body, context)
     context.model.check_name(body.model)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "goes with stream: true only")
@@ -188,7 +188,7 @@ def responses(context: Context, request: Request) -> ResponsesGeneration:
 
 def count_input(context: Context, request: Request) -> Reply:
     """POST /v1/responses/input_tokens: how many tokens the prompt of such a request has."""
-    body = decode(ResponsesBody, request.body)
+    body = decode(ResponsesBody, request.body, context)
     context.model.check_name(body.model)
     with renamed(_FIELDS):
         prepared = prepare(context, chat_body(body, chat_messages(body.instructions, _all_items(context, body))))

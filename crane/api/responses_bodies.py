@@ -6,8 +6,8 @@ import msgspec
 from msgspec import Meta
 
 from crane.api.bodies import (
-    MAX_INT, Absent, Body, ChatBody, EmptyList, Function, Medium, Message, Off, StandardTier, StopText, ToolCall,
-    decode, invalid, later,
+    MAX_INT, Absent, Body, ChatBody, EmptyList, Function, Medium, Message, NumTop, Off, StandardTier, StopText,
+    ToolCall, decode, invalid, later,
 )  # fmt: skip
 from crane.errors import RequestError
 
@@ -150,7 +150,7 @@ class ResponsesBody(Body):
     max_output_tokens: Annotated[int, Meta(ge=1, le=MAX_INT)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: NumTop | None = None
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -166,7 +166,7 @@ class ResponsesBody(Body):
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: StopText | Annotated[list[StopText], Meta(max_length=64)] | None = None
+    stop: StopText | list[StopText] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     thinking_token_budget: Annotated[int, Meta(ge=0, le=MAX_INT)] | None = None
     # these label a request and change nothing in its answer

@@ -80,7 +80,7 @@ class RerankBody(Body):
 
 def score(context: Context, request: Request) -> GatheredOutputs:
     """POST /v1/score."""
-    body = decode(ScoreBody, request.body)
+    body = decode(ScoreBody, request.body, context)
     context.model.check_name(body.model)
     pairs = {"text_1": "text_2", "queries": "documents"}
     labels = ("query", "items", "label_token_ids", "apply_softmax", "item_first")
@@ -101,7 +101,7 @@ def score(context: Context, request: Request) -> GatheredOutputs:
 
 def rerank(context: Context, request: Request) -> GatheredOutputs:
     """POST /v1/rerank."""
-    body = decode(RerankBody, request.body)
+    body = decode(RerankBody, request.body, context)
     context.model.check_name(body.model)
     texts = [each if isinstance(each, str) else each.text for each in body.documents]
     own_id = f"rerank-{uuid.uuid4().hex}"

@@ -32,17 +32,17 @@ class SchemaError(RequestError):
     """A body that is not of the declared shape; such errors have a form of their own."""
 
 
-def native_body(kind: type, raw: bytes):
+def native_body(kind: type, raw: bytes, context: Context):
     """`raw` as a `kind`. Raises SchemaError naming the field, what was expected and what came."""
     try:
-        return decode(kind, raw)
+        return decode(kind, raw, context)
     except RequestError as error:
         raise SchemaError(str(error), field=error.field, code=error.code) from None
 
 
 def generate(context: Context, request: Request) -> NativeGeneration:
     """Generate from text or token ids, one prompt or a batch (SGLang's native route)."""
-    body = native_body(NativeBody, request.body)
+    body = native_body(NativeBody, request.body, context)
     inputs, batched = _inputs(body, context.model)
     num = len(inputs)
     if num > context.settings.max_queue:

@@ -4,9 +4,7 @@ from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, UnsetType
 
-from crane.api.bodies import MAX_INT, Absent, Bias, Body, Off, StopText, TokenId
-
-MAX_TOP = 100
+from crane.api.bodies import MAX_INT, Absent, Bias, Body, NumChoices, NumTop, Off, StopText, TokenId
 
 On = Annotated[Any, Meta(extra={"neutral": (True,)})]
 Empty = Annotated[Any, Meta(extra={"neutral": ("", [], {})})]
@@ -14,7 +12,6 @@ Empty = Annotated[Any, Meta(extra={"neutral": ("", [], {})})]
 Salt = Annotated[str, Meta(max_length=256)]
 Rid = Annotated[str, Meta(min_length=1, max_length=256)]
 StartLen = Annotated[int, Meta(ge=-1, le=MAX_INT)]
-NumTop = Annotated[int, Meta(ge=0, le=MAX_TOP)]
 Grammar = Annotated[str, Meta(min_length=1)]
 
 
@@ -30,8 +27,8 @@ class NativeSamplingBody(Body):
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
     min_new_tokens: Annotated[int, Meta(ge=0, le=MAX_INT)] | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] | None = None
-    stop: StopText | Annotated[list[StopText], Meta(max_length=64)] | None = None
+    n: NumChoices | None = None
+    stop: StopText | list[StopText] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None

@@ -11,7 +11,7 @@ _json = msgspec.json.Encoder().encode
 
 def tokenize(context: Context, request: Request) -> Reply:
     """{tokens, count, max_model_len} and, when asked for, token_strs; lists of these for a list of texts."""
-    body = decode(TokenizeBody, request.body)
+    body = decode(TokenizeBody, request.body, context)
     context.model.check_name(body.model)
     given = [name for name in ("text", "prompt", "messages") if getattr(body, name) is not None]
     if len(given) != 1:
@@ -41,7 +41,7 @@ def tokenize(context: Context, request: Request) -> Reply:
 
 def detokenize(context: Context, request: Request) -> Reply:
     """{text} and, the same under vLLM's name, {prompt}; lists of texts for a list of lists."""
-    body = decode(DetokenizeBody, request.body)
+    body = decode(DetokenizeBody, request.body, context)
     context.model.check_name(body.model)
     kinds = {type(item) for item in body.tokens}
     if len(kinds) > 1:

@@ -41,8 +41,10 @@ BIND_S = 60.0
 EXIT_HALT = 3
 # Settings that the engine does not look at: changing them needs no other engine.
 API_SETTINGS = frozenset(
-    ("model_name", "host", "port", "workers", "engine_socket", "max_body", "response_store", "api_key", "api_key_file",
-     "metrics_key", "cors_origins", "access_log", "worker_swap", "log_level")
+    ("model_name", "reasoning_field", "host", "port", "workers", "engine_socket", "response_store", "api_key",
+     "api_key_file", "metrics_key", "cors_origins", "access_log", "worker_swap", "log_level",
+     "max_body", "max_prompt_chars", "max_messages", "max_tools", "max_n", "max_logprobs", "max_stop", "max_stop_chars",
+     "max_logit_bias", "max_schema")
 )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ MODEL_TYPES = ("auto", "hunyuan", "qwen25", "qwen3", "llama")
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
-def _setting(default, help, *, choices=None, minimum=None, kind=None, secret=False):
-    meta = {"help": help, "choices": choices, "minimum": minimum, "secret": secret}
+def _setting(default, help, *, choices=None, minimum=None, maximum=None, kind=None, secret=False):
+    meta = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "secret": secret}
     return field(default=default, metadata=meta | {"kind": kind or type(default).__name__}, repr=not secret)
 
 
@@ -32,7 +32,7 @@ class Settings:
     model_type: str = _setting("auto", "model architecture", choices=MODEL_TYPES)
     model_name: str = _setting("", "name shown in the API (default: the folder's or file's name)")
     host: str = _setting("0.0.0.0", "address to bind")
-    port: int = _setting(8080, "port to bind", minimum=0)
+    port: int = _setting(8080, "port to bind", minimum=0, maximum=65535)
     cpu: bool = _setting(False, "use the CPU even where a GPU is present")
     max_concurrent: int = _setting(32, "sequences decoded at the same time, at most", minimum=1)
     decode_tokens_per_seq: int = _setting(
@@ -67,7 +67,22 @@ class Settings:
     response_store: int = _setting(
         64 << 20, "disk space for stored responses of /v1/responses (0: nothing is stored)", minimum=0, kind="bytes"
     )
+    # how much one request may ask for
     max_body: int = _setting(32 << 20, "largest request body", minimum=1, kind="bytes")
+    max_prompt_chars: int = _setting(
+        0, "characters of one prompt, at most (0: 32 for each token of the context, a million at least)", minimum=0
+    )
+    max_messages: int = _setting(4096, "messages of one chat, at most", minimum=1)
+    max_tools: int = _setting(128, "tools of one request, at most", minimum=0)
+    max_n: int = _setting(128, "n and best_of, at most", minimum=1, maximum=1024)
+    max_logprobs: int = _setting(20, "log-probabilities of alternatives to a token, at most", minimum=0, maximum=1000)
+    max_stop: int = _setting(64, "stop strings of one request, at most", minimum=0)
+    max_stop_chars: int = _setting(1000, "characters of one stop string, at most", minimum=1)
+    max_logit_bias: int = _setting(4096, "tokens in one logit_bias, at most", minimum=0)
+    max_schema: int = _setting(
+        64 << 10, "largest schema, grammar, regular expression or list of choices", minimum=1, maximum=256 << 10,
+        kind="bytes",
+    )
     graceful_timeout_s: int = _setting(60, "seconds running requests get after SIGTERM", minimum=0)
     api_key: str = _setting(
         "", "keys, separated by commas, of which clients must send one (in a file: --api-key-file)", secret=True
@@ -161,7 +176,7 @@ def _check(spec: dataclasses.Field, value) -> None:
         raise SettingsError(f"{variable(spec.name)} must be one of {', '.join(choices)}, got {value!r}")
     if minimum is not None and not value >= minimum:
         raise SettingsError(f"{variable(spec.name)} must be at least {minimum}, got {value!r}")
+    if spec.metadata["maximum"] is not None and not value <= spec.metadata["maximum"]:
+        raise SettingsError(f"{variable(spec.name)} must be at most {spec.metadata['maximum']}, got {value!r}")
     if spec.name == "page_size" and value & (value - 1):
         raise SettingsError(f"{variable(spec.name)} must be a power of two, got {value!r}")
-    if spec.name == "port" and value > 65535:
-        raise SettingsError(f"{variable(spec.name)} must be at most 65535, got {value!r}")
