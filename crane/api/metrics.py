@@ -28,6 +28,9 @@ _COUNTERS = {
     "num_aborted_requests": ("aborted_requests", "Requests ended by their client."),
     "num_failed_requests": ("failed_requests", "Requests ended by a fault."),
     "engine_steps": ("steps", "Steps computed."),
+    "spec_decode_num_drafts": ("drafts", "Runs of guessed tokens verified."),
+    "spec_decode_num_draft_tokens": ("drafted_tokens", "Tokens guessed."),
+    "spec_decode_num_accepted_tokens": ("accepted_tokens", "Guessed tokens that were right."),
 }
 _HISTOGRAMS = {
     "time_to_first_token_seconds": "From a sequence's arrival to its first token.",
@@ -58,6 +61,8 @@ class Counts:
         yield self._one(GaugeMetricFamily, "kv_cache_usage_perc", "Share of KV pages in use, 1 is all.", used)
         hits = stats["cached_tokens"] / stats["prompt_tokens"] if stats["prompt_tokens"] else 0.0
         yield self._one(GaugeMetricFamily, "cache_hit_rate", "Share of prompt tokens that were in the cache.", hits)
+        length = 1 + stats["accepted_tokens"] / stats["drafts"] if stats["drafts"] else 0.0
+        yield self._one(GaugeMetricFamily, "spec_accept_length", "Tokens a verified draft gives on average.", length)
         for name, (field, text) in _COUNTERS.items():
             yield self._one(CounterMetricFamily, name, text, stats[field])
         success = CounterMetricFamily(PREFIX + "request_success", "Sequences ended.",

@@ -11,6 +11,8 @@ class Row:
     """Compute tokens `start .. start + count` of one sequence.
 
     samples: the row reaches the sequence's last token, so the next one is drawn.
+    drafts: guesses of the tokens that follow, the last ones of `count`; a token is drawn behind each.
+    num_accepted: how many of them the commit kept.
     prompt_logits: log-probabilities of the prompt tokens after each position are wanted.
     """
 
@@ -19,6 +21,8 @@ class Row:
     count: int
     samples: bool
     prompt_logits: bool = False
+    drafts: list[int] | tuple[()] = ()
+    num_accepted: int = 0
 
 
 @dataclass(slots=True)
@@ -36,9 +40,11 @@ class Batch:
 class Picked:
     """What the runner found for one row: the drawn token (None when it does not sample),
     its log-probability when asked for, those of prompt tokens `start + 1 ..` covered by the row, and the
-    pooled hidden state of a pooling sequence that the row completes."""
+    pooled hidden state of a pooling sequence that the row completes. after_drafts: the same draw behind each of
+    the row's drafts, as if it and those before were true."""
 
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     embedding: list[float] | None = None
+    after_drafts: list[tuple[int, TokenLogprob | None]] = field(default_factory=list)

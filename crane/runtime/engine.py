@@ -15,6 +15,7 @@ from crane.models.files import open_checkpoint
 from crane.models.registry import load_model
 from crane.models.tokenizer import load_tokenizer
 from crane.runtime import device as devices
+from crane.runtime.drafts import Drafter
 from crane.runtime.grammar import GrammarCompiler, wait_any
 from crane.runtime.kv_cache import allocate_pages
 from crane.runtime.metrics import Metrics
@@ -63,6 +64,7 @@ class Engine:
             max_step_tokens=settings.max_step_tokens,
             max_model_len=max_model_len,
             prefix_cache=settings.prefix_cache,
+            drafter=Drafter(settings),
         )
         self._eos_ids = frozenset(config.eos_token_ids)
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_ids)
@@ -105,6 +107,7 @@ class Engine:
         for sequence in sequences:
             sequence.leader = sequences[0] if sequence is not sequences[0] else None
             sequence.constraint = self._grammars.constraint(sampling, sequence.stop_ids)
+            sequence.drafts = self.scheduler.drafter.drafts_for(request, sequence.token_ids)
             self.scheduler.enqueue(sequence)
         if sampling.grammar is not None:
             self._compiling += sequences
@@ -124,9 +127,10 @@ class Engine:
             return "bad_request", "the prompt is empty"
         if min(ids) < 0 or max(ids) >= info.vocab_size:
             return "bad_request", f"prompt token ids must be in [0, {info.vocab_size})"
-        named = (*sampling.stop_token_ids, *sampling.logit_bias, *sampling.logprob_ids)
+        named = (*sampling.stop_token_ids, *sampling.logit_bias, *sampling.logprob_ids, *request.prediction_ids)
         if any(not 0 <= i < info.vocab_size for i in named):
-            return "bad_request", f"stop_token_ids, logit_bias keys and logprob_ids must be in [0, {info.vocab_size})"
+            fields = "stop_token_ids, logit_bias keys, logprob_ids and prediction_ids"
+            return "bad_request", f"{fields} must be in [0, {info.vocab_size})"
         if request.pooling not in (None, "last", "mean") or (request.pooling and sampling.n != 1):
             return "bad_request", "pooling must be last or mean, of one choice"
         thinking = sampling.thinking
@@ -215,11 +219,14 @@ class Engine:
         finished = {output.rid for output in outputs if output.finish_reason} - failed
         stats.failed_requests += len(failed)
         stats.completed_requests += sum(not self.scheduler.find(rid) for rid in finished)
-        decoded = sum(row.count == 1 for row in batch.rows)
+        decoding = [row for row in batch.rows if row.count == 1 + len(row.drafts)]
+        decoded = sum(row.count for row in decoding)
         # a mixed step's time goes to both by their shares of its tokens
         share_s = elapsed_s / batch.num_tokens
-        self._decode.add(decoded, decoded * share_s)
+        self._decode.add(sum(1 + row.num_accepted for row in decoding), decoded * share_s)
         self._prefill.add(batch.num_tokens - decoded, (batch.num_tokens - decoded) * share_s)
+        if decoded == batch.num_tokens:
+            self.scheduler.drafter.cost.learn(decoded, elapsed_s)
 
     def metrics(self) -> dict:
         """All that is counted: `Metrics.snapshot`, and the counters of `stats` by name."""
@@ -230,6 +237,9 @@ class Engine:
         stats, scheduler = self._stats, self.scheduler
         stats.preemptions = scheduler.num_preemptions
         stats.cached_tokens = scheduler.num_cached_tokens
+        drafter = scheduler.drafter
+        stats.drafts, stats.drafted_tokens = drafter.num_drafts, drafter.num_drafted
+        stats.accepted_tokens = drafter.num_accepted
         stats.avg_decode_tokens_per_sec = round(self._decode.value, 2)
         stats.avg_prefill_tokens_per_sec = round(self._prefill.value, 2)
         stats.waiting_sequences = scheduler.num_waiting

@@ -57,8 +57,9 @@ class Metrics:
                 continue
             if sequence.last_token_s is None:
                 self._first_token.observe(now - sequence.arrival_s)
-            else:
-                self._next_token.observe(now - sequence.last_token_s)
+            else:  # tokens of one step have its time between them
+                for _ in range(1 + row.num_accepted):
+                    self._next_token.observe((now - sequence.last_token_s) / (1 + row.num_accepted))
             sequence.last_token_s = now
         self.histograms["iteration_tokens_total"].observe(batch.num_tokens)
         for output in outputs:

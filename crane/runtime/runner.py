@@ -41,7 +41,10 @@ class ModelRunner:
         rows = batch.rows
         context = self._context(rows)
         constrained = _start_masks(rows)  # computed on other threads meanwhile
-        token_ids = [t for row in rows for t in row.sequence.token_ids[row.start : row.start + row.count]]
+        token_ids = []
+        for row in rows:
+            token_ids += row.sequence.token_ids[row.start : row.start + row.count]
+            token_ids += row.drafts
         hidden = self.model(self._ints(token_ids), context)  # [num_tokens, hidden]
         picked = [Picked() for _ in rows]
         for index, row in enumerate(rows):
@@ -51,21 +54,34 @@ class ModelRunner:
             if row.prompt_logits:
                 first = context.query_starts[index]
                 picked[index].prompt_logprobs = self._prompt_logprobs(row, hidden[first : first + row.count])
-        sampling = [index for index, row in enumerate(rows) if row.samples]
-        if sampling:
-            last = [context.query_starts[index] + rows[index].count - 1 for index in sampling]
-            logits = self.model.logits(hidden[self._ints(last)])
-            masks = _take_masks(constrained)
-            late = [masks.get(index, 0) is None for index in sampling]
-            if any(late):
-                logits = logits[[place for place, is_late in enumerate(late) if not is_late]]
-                sampling = [index for index, is_late in zip(sampling, late, strict=True) if not is_late]
-            places = {place: masks[index] for place, index in enumerate(sampling) if index in masks}
-            drawn, logprobs = self.sampler.pick(logits, [rows[index].sequence for index in sampling], places)
-            for index, token_id, logprob in zip(sampling, drawn, logprobs, strict=True):
-                picked[index].token_id = token_id
-                picked[index].logprob = logprob
+        self._draw(rows, context, hidden, constrained, picked)
         return picked
+
+    def _draw(self, rows: list[Row], context: ForwardContext, hidden: Tensor, constrained: dict[int, Constraint],
+              picked: list[Picked]) -> None:
+        """The next token of each row that samples, and one behind each of its drafts, into `picked`.
+
+        hidden: [num_tokens, hidden].
+        """
+        # (row, how many of its drafts come before)
+        sampling = [(i, ahead) for i, row in enumerate(rows) if row.samples for ahead in range(len(row.drafts) + 1)]
+        if not sampling:
+            return
+        ends = [start + row.count - len(row.drafts) for start, row in zip(context.query_starts, rows)]
+        logits = self.model.logits(hidden[self._ints([ends[i] - 1 + ahead for i, ahead in sampling])])
+        masks = _take_masks(constrained)
+        late = [masks.get(i, 0) is None for i, _ in sampling]
+        if any(late):
+            logits = logits[[place for place, is_late in enumerate(late) if not is_late]]
+            sampling = [one for one, is_late in zip(sampling, late, strict=True) if not is_late]
+        places = {place: masks[i] for place, (i, _) in enumerate(sampling) if i in masks}
+        ahead = [rows[i].drafts[:ahead] for i, ahead in sampling]
+        drawn, logprobs = self.sampler.pick(logits, [rows[i].sequence for i, _ in sampling], places, ahead)
+        for (i, ahead), token_id, logprob in zip(sampling, drawn, logprobs, strict=True):
+            if ahead:
+                picked[i].after_drafts.append((token_id, logprob))
+            else:
+                picked[i].token_id, picked[i].logprob = token_id, logprob
 
     def _context(self, rows: list[Row]) -> ForwardContext:
         positions, slots, query_starts = [], [], []

@@ -31,6 +31,18 @@ class _Seen:
             self.counts[place] += position >= sequence.num_prompt
         self.num_read = len(sequence.token_ids)
 
+    def with_output(self, token_ids) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, counts) as they would be with these tokens at the output's end."""
+        size = len(self.places)
+        if not token_ids:
+            return self.ids[:size], self.counts[:size]
+        new = [i for i in dict.fromkeys(token_ids) if i not in self.places]
+        ids = np.concatenate((self.ids[:size], np.array(new, np.int64)))
+        counts = np.concatenate((self.counts[:size], np.zeros(len(new), np.float32)))
+        for token_id in token_ids:
+            counts[self.places[token_id] if token_id in self.places else size + new.index(token_id)] += 1
+        return ids, counts
+
 
 class Sampler:
     """Picks the next token of each row. Holds, per live sequence, only what penalties need.
@@ -44,25 +56,26 @@ class Sampler:
         self._seen: weakref.WeakKeyDictionary[Sequence, _Seen] = weakref.WeakKeyDictionary()
 
     def pick(
-        self, logits: Tensor, sequences: list[Sequence], masks: dict[int, np.ndarray]
+        self, logits: Tensor, sequences: list[Sequence], masks: dict[int, np.ndarray], ahead: list
     ) -> tuple[list[int], list[TokenLogprob | None]]:
-        """One token, and its log-probability when asked for, per sequence.
+        """One token, and its log-probability when asked for, per row.
 
-        logits: float32 [rows, vocab], changed in place. masks: of rows that may not go on with every token,
-        bits of the allowed ones, uint32 [words], lowest first; at least one is set.
+        logits: float32 [rows, vocab], changed in place. sequences: whose row it is. masks: of rows that may not
+        go on with every token, bits of the allowed ones, uint32 [words], lowest first; at least one is set.
+        ahead: tokens that each row takes to follow the sequence's own.
         """
         raw = logits = logits[:, : self.vocab_size]
         if any(s.sampling.logprobs is not None for s in sequences) and (
-            masks or any(_changes_logits(s) for s in sequences)
+            masks or any(_changes_logits(s) for s in sequences)  # more than enough for rows further on
         ):
             logits = raw.clone()  # log-probabilities are those of the raw distribution
         self._mask(logits, masks)
-        self._penalise(logits, sequences)
-        self._bias(logits, sequences, masks)
+        self._penalise(logits, sequences, ahead)
+        self._bias(logits, sequences, masks, ahead)
         if all(s.sampling.greedy for s in sequences):
             drawn = logits.argmax(-1)
         else:
-            drawn = kernels.sample(logits, **self._parameters(sequences))
+            drawn = kernels.sample(logits, **self._parameters(sequences, ahead))
         return drawn.tolist(), self._logprobs(raw, drawn, sequences)
 
     def prompt_logprobs(self, logits: Tensor, chosen: list[int], sequence: Sequence) -> list[TokenLogprob]:
@@ -72,12 +85,12 @@ class Sampler:
         places = torch.tensor([[i, *params.logprob_ids] for i in chosen], dtype=torch.int64, device=logits.device)
         return _pack(*kernels.log_probabilities(logits, places, min(params.logprobs or 0, logits.shape[1])))
 
-    def _parameters(self, sequences: list[Sequence]) -> dict[str, Tensor]:
+    def _parameters(self, sequences: list[Sequence], ahead: list) -> dict[str, Tensor]:
         params = [s.sampling for s in sequences]
         place = {"device": self.device}
         seeds = torch.tensor([s.seed for s in sequences], dtype=torch.int64)
         choices = torch.tensor([s.index for s in sequences])
-        positions = torch.tensor([len(s.token_ids) for s in sequences])
+        positions = torch.tensor([len(s.token_ids) + len(more) for s, more in zip(sequences, ahead)])
         return {
             "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32, **place),
             "top_k": torch.tensor([p.top_k for p in params], dtype=torch.int64, **place),
@@ -86,8 +99,8 @@ class Sampler:
             "uniform": kernels.uniforms(seeds, choices, positions).to(self.device),
         }
 
-    def _penalise(self, logits: Tensor, sequences: list[Sequence]) -> None:
-        rows, seen = [], []
+    def _penalise(self, logits: Tensor, sequences: list[Sequence], ahead: list) -> None:
+        rows, ids, counts = [], [], []
         for row, sequence in enumerate(sequences):
             if _penalised(sequence):
                 state = self._seen.get(sequence)
@@ -95,21 +108,21 @@ class Sampler:
                     state = self._seen[sequence] = _Seen()
                 state.catch_up(sequence)
                 rows.append(row)
-                seen.append(state)
+                for parts, part in zip((ids, counts), state.with_output(ahead[row])):
+                    parts.append(part)
         if not rows:
             return
-        sizes = [len(state.places) for state in seen]
+        sizes = [len(part) for part in ids]
 
         def spread(values, dtype):
             return torch.from_numpy(np.repeat(np.array(values, dtype), sizes)).to(self.device)
 
-        def joined(name):
-            parts = [getattr(state, name)[:size] for state, size in zip(seen, sizes)]
+        def joined(parts):
             return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
         params = [sequences[row].sampling for row in rows]
         kernels.penalise(
-            logits, spread(rows, np.int64), joined("ids"), counts=joined("counts"),
+            logits, spread(rows, np.int64), joined(ids), counts=joined(counts),
             repetition=spread([p.repetition_penalty for p in params], np.float32),
             frequency=spread([p.frequency_penalty for p in params], np.float32),
             presence=spread([p.presence_penalty for p in params], np.float32),
@@ -122,12 +135,12 @@ class Sampler:
             allowed = (words[:, None] >> places).bitwise_and_(1).bool().flatten()[: self.vocab_size]
             logits[row].masked_fill_(~allowed, -torch.inf)
 
-    def _bias(self, logits: Tensor, sequences: list[Sequence], masks: dict[int, np.ndarray]) -> None:
+    def _bias(self, logits: Tensor, sequences: list[Sequence], masks: dict[int, np.ndarray], ahead: list) -> None:
         rows, ids, values = [], [], []
         for row, sequence in enumerate(sequences):
             bias = dict(sequence.sampling.logit_bias)
             # a mask knows when the output may end
-            if sequence.num_output < sequence.sampling.min_tokens and row not in masks:
+            if sequence.num_output + len(ahead[row]) < sequence.sampling.min_tokens and row not in masks:
                 bias.update(dict.fromkeys(sequence.stop_ids, -torch.inf))
             rows += [row] * len(bias)
             ids += bias.keys()

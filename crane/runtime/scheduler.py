@@ -19,6 +19,7 @@ import time
 from collections import deque
 
 from crane.runtime.batch import Batch, Picked, Row
+from crane.runtime.drafts import MAX_STEP_DRAFTS, Drafter
 from crane.runtime.pages import PagePool
 from crane.runtime.sequence import Sequence, Status
 from crane.runtime.types import Output
@@ -28,7 +29,7 @@ class Scheduler:
     """Owns all live sequences and all pages. Every sequence is in exactly one of `queue`, `running`."""
 
     def __init__(self, pool: PagePool, *, max_running: int, quantum_tokens: int, max_step_tokens: int,
-                 max_model_len: int, prefix_cache: bool = True):
+                 max_model_len: int, prefix_cache: bool = True, drafter: Drafter | None = None):
         assert max_model_len <= pool.num_pages * pool.page_size, "one sequence may not outgrow the pool"
         self.pool = pool
         self.max_running = max_running
@@ -38,6 +39,7 @@ class Scheduler:
         self.queue: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.prefix_cache = prefix_cache
+        self.drafter = drafter  # for sequences that have `drafts`
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # prompt tokens that did not have to be computed
 
@@ -71,6 +73,7 @@ class Scheduler:
             if sequence.status is Status.RUNNING and self._grow(sequence, batch):
                 batch.rows.append(self._row(sequence, 1))
                 budget -= 1
+        budget -= self._add_drafts(batch.rows, budget // 2 if prompts else budget)
         for sequence in prompts:
             if budget > 0 and sequence.status is Status.RUNNING:
                 count = min(sequence.num_wanted, budget)
@@ -86,6 +89,27 @@ class Scheduler:
             samples=count == sequence.num_wanted and sequence.max_tokens > 0,
             prompt_logits=sequence.wants_prompt_logprobs and sequence.num_computed < sequence.num_prompt,
         )
+
+    def _add_drafts(self, rows: list[Row], budget: int) -> int:
+        """Lengthen decoding rows by guesses of what follows, with pages that nobody else needs to grow; how many."""
+        budget = min(budget, MAX_STEP_DRAFTS)
+        spare = self.pool.num_free - len(self.running)
+        added = 0
+        for row in rows:
+            sequence = row.sequence
+            if sequence.drafts is None:
+                continue
+            room = (len(sequence.pages) + max(spare, 0)) * self.pool.page_size - len(sequence.token_ids)
+            # behind the last draft one more token is drawn
+            limit = min(budget - added, room, sequence.max_tokens - sequence.num_output - 1)
+            row.drafts = self.drafter.draft(sequence.drafts, limit, len(rows)) if limit > 0 else ()
+            row.count += len(row.drafts)
+            added += len(row.drafts)
+            missing = self.pool.pages_for(row.start + row.count) - len(sequence.pages)
+            if missing > 0:
+                sequence.pages += self.pool.take(missing)
+                spare -= missing
+        return added
 
     def _yield_slots(self) -> None:
         """Sequences past their quantum give their slots to as many that wait."""
@@ -238,7 +262,7 @@ class Scheduler:
                 continue
             # a row whose mask came too late did not sample: its last token is computed again with the mask
             late = row.samples and result.token_id is None
-            sequence.num_computed += row.count - late
+            sequence.num_computed += row.count - len(row.drafts) - late
             self._remember(sequence)
             if row.prompt_logits:
                 known = len(sequence.prompt_logprobs) - row.start  # more than 0 when recomputed
@@ -246,31 +270,55 @@ class Scheduler:
             if late:
                 continue
             if row.samples:
-                outputs.append(self._append(sequence, result))
+                outputs.append(self._append(row, result))
             elif sequence.max_tokens == 0 and sequence.num_wanted == 0:
                 reason = "stop" if sequence.pooling else "length"
                 outputs.append(self._finish(sequence, reason, embedding=result.embedding))
         return outputs
 
-    def _append(self, sequence: Sequence, result: Picked) -> Output:
-        token_id = result.token_id
+    def _append(self, row: Row, result: Picked) -> Output:
+        """The drawn token and, as long as the draws agree with the drafts before them, those behind the drafts."""
+        sequence, drafts = row.sequence, row.drafts
         if sequence.first_token_s is None:
             sequence.first_token_s = time.monotonic()
+        token_ids = [result.token_id]
+        logprobs = [result.logprob] if result.logprob is not None else None
+        reason = self._push(sequence, result.token_id)
+        for draft, (token_id, logprob) in zip(drafts, result.after_drafts):
+            if reason is not None or draft != token_ids[-1]:
+                break
+            row.num_accepted += 1
+            token_ids.append(token_id)
+            if logprob is not None:
+                logprobs.append(logprob)
+            reason = self._push(sequence, token_id)
+        if drafts:
+            self.drafter.learn(sequence.drafts, len(drafts), row.num_accepted)
+            sequence.num_computed += row.num_accepted
+            self._remember(sequence)
+        if reason is None:
+            return self._output(sequence, token_ids, logprobs=logprobs, num_drafted=len(drafts))
+        if reason == "error":
+            return self._finish(sequence, "error", error=sequence.constraint.error)
+        matched_id = token_ids[-1] if reason == "stop" and self._is_stop(sequence, token_ids[-1]) else None
+        return self._finish(sequence, reason, token_ids, logprobs, matched_id=matched_id, num_drafted=len(drafts))
+
+    def _push(self, sequence: Sequence, token_id: int) -> str | None:
+        """The sequence goes on with this token. Returns why it ends with it, or None."""
         sequence.token_ids.append(token_id)
         sequence.quantum_used += 1
-        logprobs = [result.logprob] if result.logprob is not None else None
         constraint = sequence.constraint
         if constraint is not None:
             constraint.advance(token_id)
             if constraint.error:
-                return self._finish(sequence, "error", error=constraint.error)
-        if token_id in sequence.stop_ids and sequence.num_output > sequence.sampling.min_tokens:
-            return self._finish(sequence, "stop", [token_id], logprobs, matched_id=token_id)
-        if constraint is not None and constraint.finished:
-            return self._finish(sequence, "stop", [token_id], logprobs)
-        if sequence.num_output >= sequence.max_tokens:
-            return self._finish(sequence, "length", [token_id], logprobs)
-        return self._output(sequence, [token_id], logprobs=logprobs)
+                return "error"
+        if self._is_stop(sequence, token_id) or (constraint is not None and constraint.finished):
+            return "stop"
+        return "length" if sequence.num_output >= sequence.max_tokens else None
+
+    @staticmethod
+    def _is_stop(sequence: Sequence, token_id: int) -> bool:
+        return token_id in sequence.stop_ids and sequence.num_output > sequence.sampling.min_tokens
 
     def _finish(self, sequence: Sequence, reason: str, token_ids=(), logprobs=None, **fields) -> Output:
         """The last output of a sequence; it leaves the scheduler and its pages are free."""

@@ -41,6 +41,7 @@ class Sequence:
         self.num_cached = 0  # prompt tokens found in remembered pages when it first started
         self.leader: Sequence | None = None  # the first choice of the same request
         self.constraint = None  # `grammar.Constraint` on its tokens, when there is one
+        self.drafts = None  # `drafts.Drafts`: what its next tokens are guessed from, when they are
         self.status = Status.QUEUED
         self.quantum_used = 0  # tokens decoded since it last got a run slot
         self.prompt_logprobs: list = []  # collected chunk by chunk when asked for

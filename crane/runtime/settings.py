@@ -54,6 +54,13 @@ class Settings:
     kv_memory: int = _setting(0, "memory for KV pages, e.g. 2g or 500m (0: measured)", minimum=0, kind="bytes")
     max_model_len: int = _setting(0, "longest prompt plus output in tokens (0: the model's own)", minimum=0)
     max_step_tokens: int = _setting(512, "tokens computed in one step, at most", minimum=1)
+    speculative: str = _setting(
+        "off", "guess tokens from what followed the same tokens before, and verify several in one step",
+        choices=("off", "ngram"),
+    )
+    num_draft_tokens: int = _setting(8, "tokens guessed at a time, at most", minimum=1)
+    ngram_min: int = _setting(2, "tokens that must have stood there before, for a guess", minimum=1)
+    ngram_max: int = _setting(5, "tokens compared to choose between places to guess from", minimum=1)
     max_queue: int = _setting(256, "requests waiting, at most; beyond it 429", minimum=1)
     linger_s: float = _setting(10.0, "seconds the engine outlives its last API worker", minimum=0)
     # API workers
@@ -97,6 +104,8 @@ class Settings:
     def __post_init__(self):
         for spec in dataclasses.fields(self):
             _check(spec, getattr(self, spec.name))
+        if self.ngram_max < self.ngram_min:
+            raise SettingsError(f"{variable('ngram_max')} must be at least {variable('ngram_min')} ({self.ngram_min})")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None, **overrides) -> "Settings":

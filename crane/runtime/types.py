@@ -55,6 +55,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     # what the output must match, once it does not think (any more): a grammar in llguidance's Lark dialect
     grammar: str | None = None
     thinking: Thinking | None = None
+    num_draft_tokens: int | None = None  # guesses verified in one step, at most; 0: none; None: the server's setting
 
     @property
     def greedy(self) -> bool:
@@ -67,7 +68,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         """
         for name, (kind, low, high) in _BOUNDS.items():
             value = getattr(self, name)
-            if value is None and name in ("seed", "logprobs"):
+            if value is None and name in ("seed", "logprobs", "num_draft_tokens"):
                 continue
             if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
                 return f"{name} must be in [{low}, {high}], got {value!r}"
@@ -98,6 +99,7 @@ _BOUNDS = {
     "n": (int, 1, 1024),
     "min_tokens": (int, 0, _INT),
     "logprobs": (int, 0, 1000),
+    "num_draft_tokens": (int, 0, 64),
 }
 
 
@@ -111,6 +113,8 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
     pooling: Literal["last", "mean"] | None = None
     # computed prefixes are shared only between requests of the same salt
     cache_salt: str = ""
+    # what the output is expected to be, to be guessed from; it may turn out otherwise
+    prediction_ids: list[int] = []
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -175,6 +179,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
         the first prompt token is None.
     usage: so far, on the first and the last output. error: a message when finish_reason is "error".
     embedding: float32 values of the pooled, unnormalised hidden state, on the one output of a pooling request.
+    num_drafted: guesses that the step verified; all but one of the new tokens are those that were right.
     """
 
     rid: str
@@ -187,6 +192,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     usage: Usage | None = None
     error: str | None = None
     embedding: list[float] | None = None
+    num_drafted: int = 0
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
@@ -266,6 +272,9 @@ class EngineStats(msgspec.Struct):
     num_pages: int = 0
     free_pages: int = 0
     steps: int = 0
+    drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     uptime_s: float = 0.0
     kernels: dict[str, str] = {}  # what each runs in, "triton" or "torch", and why not in Triton
 
