@@ -49,10 +49,12 @@ class Kernel:
     mode: "auto", "torch" (never the twin) or "triton" (the twin, or a ValueError with the reason).
     tolerances: by dtype, see TOLERANCES. scratch: arguments whose contents mean nothing after the call.
     traffic(**arguments): (bytes moved, floating point operations) at least needed, for rooflines.
+    elements(function, constants): of one of the twin's Triton functions, elements that one round of its main loop
+        handles in one program (the whole program where it has no loop): instructions are counted by them.
     """
 
     def __init__(self, name: str, reference: Callable, triton: Callable, why_not: Callable, cases: tuple[Case, ...],
-                 tolerances: dict | None, scratch: tuple[str, ...], traffic: Callable | None):
+                 tolerances: dict | None, scratch: tuple[str, ...], traffic: Callable | None, elements: Callable):
         self.name = name
         self.reference = reference
         self.triton = triton
@@ -60,6 +62,7 @@ class Kernel:
         self.tolerances = TOLERANCES | (tolerances or {})
         self.scratch = scratch
         self.traffic = traffic
+        self.elements = elements
         self.mode = "auto"
         self.fallbacks: set[str] = set()
         self.why_not = why_not
@@ -103,14 +106,16 @@ class Kernel:
 
 
 def kernel(name: str, *, reference: Callable, triton: Callable, why_not: Callable, cases: tuple[Case, ...],
-           tolerances: dict | None = None, scratch: tuple[str, ...] = (), traffic: Callable | None = None) -> Kernel:
+           tolerances: dict | None = None, scratch: tuple[str, ...] = (), traffic: Callable | None = None,
+           elements: Callable = lambda function, constants: constants["BLOCK"]) -> Kernel:
     """Pair a torch reference with its Triton twin; see `Kernel`. reference, triton and why_not take the same arguments.
 
     why_not returns the reason why the twin cannot take a call, in words for the log, or None. It looks at shapes,
     strides and dtypes only.
     """
     assert name not in KERNELS, name
-    made = KERNELS[name] = Kernel(name, reference, triton, why_not, cases, tolerances, scratch, traffic)
+    made = KERNELS[name] = Kernel(name, reference, triton, why_not, cases, tolerances, scratch, traffic,
+                                  elements)
     return made
 
 
