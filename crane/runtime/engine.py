@@ -243,7 +243,7 @@ class Engine:
         stats.avg_decode_tokens_per_sec = round(self._decode.value, 2)
         stats.avg_prefill_tokens_per_sec = round(self._prefill.value, 2)
         stats.waiting_sequences = scheduler.num_waiting
-        stats.active_sequences = len(scheduler.running) + len(scheduler.queue) - stats.waiting_sequences
+        stats.active_sequences = scheduler.num_live - stats.waiting_sequences
         stats.free_pages = scheduler.pool.num_free
         stats.kernels = registry.report()
         stats.uptime_s = round(time.monotonic() - self._started_s, 3)

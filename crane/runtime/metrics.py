@@ -44,7 +44,7 @@ class Metrics:
 
     def __init__(self):
         self.histograms = {name: Histogram(bounds) for name, bounds in _BOUNDS.items()}
-        self.finished = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        self.finished = {"stop": 0, "length": 0, "abort": 0, "error": 0, "timeout": 0}
         self._first_token = self.histograms["time_to_first_token_seconds"]
         self._next_token = self.histograms["inter_token_latency_seconds"]
 

@@ -57,6 +57,10 @@ class PagePool:
         """How many of these pages count as free: sharing them takes them from `num_free`."""
         return sum(node.page in self._kept for node in nodes)
 
+    def num_sole(self, pages: list[int]) -> int:
+        """How many of these pages only their holder holds: releasing them makes them free."""
+        return sum(self._refs[page] == 1 for page in pages)
+
     def pages_for(self, num_tokens: int) -> int:
         """How many pages `num_tokens` tokens occupy."""
         return -(-num_tokens // self.page_size)

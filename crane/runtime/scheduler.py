@@ -1,43 +1,47 @@
 """Who computes what in each step: `plan` -> Batch, `commit` -> outputs. Arithmetic only, no torch.
 
-Policy. Sequences that want to run stand in one queue, first come first served.
-At most `max_running` have a run slot and take part in every step; after
-`quantum_tokens` decoded tokens a running one goes back to the queue's end if
-others wait for its slot. It keeps its pages there, so coming back costs nothing.
+Sequences that want to run wait for one of `max_running` slots (`slots`), in the order of `policy`. Those that have one
+take part in every step. Whoever gives way keeps its pages, so coming back costs nothing.
 
 Each step gives every running sequence that decodes its one token, then spends what
-is left of `max_step_tokens` on prompts, oldest first. A prompt gets all of its pages
+is left of `max_step_tokens` on prompts, in the order of the policy. A prompt gets all of its pages
 when it gets its slot, so half-computed prompts cannot starve each other. When a
-growing sequence finds no free page, the one that came last gives up its pages
-and is recomputed later: its tokens, and the noise of its next ones, stay as they are.
+growing sequence finds no free page, the last in the policy's order gives up its pages
+and is recomputed later: its tokens, and the noise of its next ones, stay as they are. A more urgent one that
+is to start takes pages from less urgent ones in the same way.
 
 A full page is remembered by its content. A sequence that gets pages shares those whose content it starts with, and
 computes only what follows. The choices of one request wait for the first one's prompt, and then share it.
 """
 
 import time
-from collections import deque
+from collections.abc import Callable
 
 from crane.runtime.batch import Batch, Picked, Row
 from crane.runtime.drafts import MAX_STEP_DRAFTS, Drafter
 from crane.runtime.pages import PagePool
+from crane.runtime.policy import Tenants
+from crane.runtime.roster import Roster
 from crane.runtime.sequence import Sequence, Status
+from crane.runtime.slots import Slots
 from crane.runtime.types import Output
 
 
 class Scheduler:
-    """Owns all live sequences and all pages. Every sequence is in exactly one of `queue`, `running`."""
+    """Owns all live sequences and all pages. clock: seconds, as `time.monotonic`."""
 
     def __init__(self, pool: PagePool, *, max_running: int, quantum_tokens: int, max_step_tokens: int,
-                 max_model_len: int, prefix_cache: bool = True, drafter: Drafter | None = None):
+                 max_model_len: int, prefix_cache: bool = True, drafter: Drafter | None = None,
+                 output_weight: float = 2.0, clock: Callable[[], float] = time.monotonic):
         assert max_model_len <= pool.num_pages * pool.page_size, "one sequence may not outgrow the pool"
         self.pool = pool
-        self.max_running = max_running
-        self.quantum_tokens = quantum_tokens
         self.max_step_tokens = max(max_step_tokens, max_running)
         self.max_model_len = max_model_len
-        self.queue: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.clock = clock
+        self.tenants = Tenants(output_weight)
+        self.roster = Roster(self.tenants)
+        self.slots = Slots(self.tenants, self, max_running=max_running, quantum_tokens=quantum_tokens)
+        self.running, self.parked = self.slots.running, self.slots.parked
         self.prefix_cache = prefix_cache
         self.drafter = drafter  # for sequences that have `drafts`
         self.num_preemptions = 0
@@ -45,27 +49,36 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.queue or self.running)
+        return bool(self.roster)
+
+    @property
+    def num_live(self) -> int:
+        """Sequences that have not ended."""
+        return len(self.slots)
 
     @property
     def num_waiting(self) -> int:
         """Sequences that have not started yet."""
-        return sum(sequence.admitted_s is None for sequence in self.queue)
+        return self.roster.num_waiting
 
     def enqueue(self, sequence: Sequence) -> None:
         """Take a new sequence in. Its prompt is shorter than `max_model_len`."""
         assert 0 < sequence.num_prompt < self.max_model_len or sequence.max_tokens == 0
         sequence.max_tokens = min(sequence.max_tokens, self.max_model_len - sequence.num_prompt)
-        self.queue.append(sequence)
+        self.roster.enter(sequence)
+        self.slots.add(sequence)
 
     # --- plan
 
     def plan(self) -> Batch:
         """The next step. Empty only when there is nothing to do, or all that is left waits for a grammar."""
-        self._yield_slots()
+        self.slots.wake()
+        self.slots.give_way()
         self._fill_slots()
         decoding = [s for s in self.running if s.num_wanted == 1 and not s.waits]
         prompts = [s for s in self.running if s.num_wanted > 1]
+        # of one tenant and class in the order they got their slots
+        prompts.sort(key=lambda s: self.slots.rank(s)[:2])
         budget = self.max_step_tokens
         batch = Batch()
         for sequence in decoding:
@@ -111,54 +124,44 @@ class Scheduler:
                 spare -= missing
         return added
 
-    def _yield_slots(self) -> None:
-        """Sequences past their quantum give their slots to as many that wait."""
-        wanted = sum(not s.waits for s in self.queue) - (self.max_running - len(self.running))
-        for sequence in list(self.running):
-            if wanted <= 0:
-                break
-            if sequence.quantum_used >= self.quantum_tokens:
-                self.running.remove(sequence)
-                sequence.status = Status.QUEUED
-                self.queue.append(sequence)
-                wanted -= 1
-
     def _fill_slots(self) -> None:
-        """Give free run slots to the queue, in order."""
-        self._admit()
-        while not self.running:
-            head = next((s for s in self.queue if not s.waits), None)
-            if head is None:
-                return
-            # Everybody waits for pages that others in the queue hold: the last holder gives up its own.
-            holder = next(s for s in reversed(self.queue) if s.pages and s is not head)
-            self.num_preemptions += 1
-            holder.num_preemptions += 1
-            self._release(holder)
-            self._admit()
-
-    def _admit(self) -> None:
-        """One pass over the queue. A sequence without pages waits until its whole past fits and every
-        running one can still grow by a page; none behind it may start before it, but those who hold
-        their pages run on."""
-        waiting = deque()
-        blocked = False
-        while self.queue and len(self.running) < self.max_running:
-            sequence = self.queue.popleft()
-            starts = not sequence.pages
-            if starts and (blocked or sequence.waits or self._waits_for_leader(sequence)):
-                waiting.append(sequence)
-                continue
-            if not (self._start(sequence) if starts else self._resume(sequence)):
-                blocked = blocked or starts
-                waiting.append(sequence)
-                continue
-            sequence.status = Status.RUNNING
-            sequence.quantum_used = 0
+        """Give free run slots to those that wait, in order."""
+        self.slots.fill()
+        while not self.running and self.parked:
+            # Everybody waits for pages that parked ones hold: the last of them gives up its own.
+            self._preempt(max(self.parked, key=self.slots.rank))
+            self.slots.fill()
+        for sequence in self.running:
             if sequence.admitted_s is None:
-                sequence.admitted_s = time.monotonic()
-            self.running.append(sequence)
-        self.queue = waiting + self.queue
+                self.roster.starts(sequence, self.clock())
+
+    # `slots.Memory`
+
+    def may_start(self, sequence: Sequence) -> bool:
+        return not (sequence.waits or self._waits_for_leader(sequence))
+
+    def pages_needed(self, sequence: Sequence) -> int:
+        return self.pool.pages_for(len(sequence.token_ids))
+
+    def most_pages(self, sequence: Sequence) -> int:
+        return self.pool.pages_for(sequence.num_prompt + sequence.max_tokens)
+
+    def start(self, sequence: Sequence) -> bool:
+        """`_start`, if need be with the pages of less urgent ones."""
+        if self._start(sequence):
+            return True
+        victims = [s for s in (*self.parked, *self.running) if s.level > sequence.level and not s.trickled]
+        missing = self.pool.pages_for(len(sequence.token_ids)) + len(self.running)
+        if self.pool.num_free + sum(self.pool.num_sole(s.pages) for s in victims) < missing:
+            return False
+        # parked ones of a class first, then those that got their slots last
+        place = {s: i for i, s in enumerate(victims)}
+        victims.sort(key=lambda s: (s.level, s.status is Status.QUEUED, place[s]), reverse=True)
+        for victim in victims:
+            self._preempt(victim)
+            if self._start(sequence):
+                return True
+        return False
 
     def _start(self, sequence: Sequence) -> bool:
         """Pages for the whole past of a sequence without any: those it can share, and new ones; False: too few."""
@@ -176,7 +179,7 @@ class Scheduler:
             self.num_cached_tokens += sequence.num_cached
         return True
 
-    def _resume(self, sequence: Sequence) -> bool:
+    def resume(self, sequence: Sequence) -> bool:
         """The next token's page for a sequence that kept its pages; False: none is free."""
         missing = max(self.pool.pages_for(len(sequence.token_ids)) - len(sequence.pages), 0)
         if missing > self.pool.num_free:
@@ -227,23 +230,20 @@ class Scheduler:
         return True
 
     def _victim(self, planned: set[Sequence]) -> Sequence:
-        """Who gives up pages: the last in the queue that holds some, else the last that got a slot."""
-        for sequence in reversed(self.queue):
-            if sequence.pages:
-                return sequence
-        return next(sequence for sequence in reversed(self.running) if sequence not in planned)
+        """Who gives up pages: of the least urgent class the last of those that are parked, else the last that got
+        a slot."""
+        level = max(s.level for s in (*self.parked, *self.running) if s not in planned)
+        parked = [s for s in self.parked if s.level == level]
+        if parked:
+            return max(parked, key=self.slots.rank)
+        return next(s for s in reversed(self.running) if s.level == level and s not in planned)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take all pages back. The sequence is recomputed as soon as it fits again: first in the queue."""
+        """Take all pages back. The sequence is recomputed as soon as it fits again: first of its lane."""
         self.num_preemptions += 1
         sequence.num_preemptions += 1
         self._release(sequence)
-        if sequence.status is Status.RUNNING:
-            self.running.remove(sequence)
-        else:
-            self.queue.remove(sequence)
-        sequence.status = Status.QUEUED
-        self.queue.appendleft(sequence)
+        self.slots.return_first(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
@@ -264,6 +264,7 @@ class Scheduler:
             late = row.samples and result.token_id is None
             sequence.num_computed += row.count - len(row.drafts) - late
             self._remember(sequence)
+            self._charge(row)
             if row.prompt_logits:
                 known = len(sequence.prompt_logprobs) - row.start  # more than 0 when recomputed
                 sequence.prompt_logprobs += result.prompt_logprobs[known:]
@@ -276,11 +277,18 @@ class Scheduler:
                 outputs.append(self._finish(sequence, reason, embedding=result.embedding))
         return outputs
 
+    def _charge(self, row: Row) -> None:
+        """Count the prompt tokens that were computed; those computed again were the scheduler's choice."""
+        sequence, end = row.sequence, min(row.start + row.count, row.sequence.num_prompt)
+        if end > sequence.num_charged:
+            self.tenants.charge(sequence.tenant, end - max(row.start, sequence.num_charged), 0)
+            sequence.num_charged = end
+
     def _append(self, row: Row, result: Picked) -> Output:
         """The drawn token and, as long as the draws agree with the drafts before them, those behind the drafts."""
         sequence, drafts = row.sequence, row.drafts
         if sequence.first_token_s is None:
-            sequence.first_token_s = time.monotonic()
+            sequence.first_token_s = self.clock()
         token_ids = [result.token_id]
         logprobs = [result.logprob] if result.logprob is not None else None
         reason = self._push(sequence, result.token_id)
@@ -307,6 +315,7 @@ class Scheduler:
         """The sequence goes on with this token. Returns why it ends with it, or None."""
         sequence.token_ids.append(token_id)
         sequence.quantum_used += 1
+        self.tenants.charge(sequence.tenant, 0, 1)
         constraint = sequence.constraint
         if constraint is not None:
             constraint.advance(token_id)
@@ -322,20 +331,18 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, reason: str, token_ids=(), logprobs=None, **fields) -> Output:
         """The last output of a sequence; it leaves the scheduler and its pages are free."""
-        if sequence.status is Status.RUNNING:
-            self.running.remove(sequence)
-        else:
-            self.queue.remove(sequence)
+        self.slots.remove(sequence)
         output = self._output(sequence, list(token_ids), logprobs=logprobs, finish_reason=reason,
-                              usage=sequence.usage(), **fields)
+                              usage=sequence.usage(self.clock()), **fields)
         self._release(sequence)
         sequence.status = Status.FINISHED
+        self.roster.leave(sequence)
         return output
 
     def _output(self, sequence: Sequence, token_ids: list[int], **fields) -> Output:
         first = sequence.num_output == len(token_ids)
         if first:  # whoever ends it by a stop string will not see the last one
-            fields.setdefault("usage", sequence.usage())
+            fields.setdefault("usage", sequence.usage(self.clock()))
         if sequence.sampling.prompt_logprobs and sequence.index == 0 and first:
             # nothing precedes the first prompt token, so it has no log-probability
             fields["prompt_logprobs"] = [None, *sequence.prompt_logprobs]
@@ -345,19 +352,27 @@ class Scheduler:
 
     def find(self, rid: str | None) -> list[Sequence]:
         """Live sequences of one request, or all when rid is None."""
-        return [s for s in (*self.running, *self.queue) if rid is None or s.rid == rid]
+        return self.roster.find(rid)
 
     def end(self, sequences: list[Sequence], reason: str, error: str | None = None) -> list[Output]:
         """End live sequences now ("abort" or "error"); their pages are free when this returns."""
         return [self._finish(sequence, reason, error=error) for sequence in sequences]
 
+    def expire(self) -> list[Output]:
+        """End the sequences whose deadline has passed, with finish_reason "timeout"."""
+        return self.end(self.roster.overdue(self.clock()), "timeout")
+
     def check(self) -> None:
         """Prove pages and lists consistent. Raises AssertionError."""
-        live = [*self.running, *self.queue]
-        assert len(set(live)) == len(live), "a sequence is listed twice"
-        assert len(self.running) <= self.max_running
+        slots = self.slots
+        without = [*slots.waiting, *slots.unready]
+        live = {*self.running, *self.parked, *without}
+        assert len(live) == len(slots), "a sequence is listed twice"
+        assert len(self.running) <= slots.max_running
         for sequence in live:
             expected = Status.RUNNING if sequence in self.running else Status.QUEUED
             assert sequence.status is expected
             assert sequence.num_computed <= len(sequence.pages) * self.pool.page_size
+            assert bool(sequence.pages) is (sequence not in without)
+        self.roster.check(live)
         self.pool.check(sequence.pages for sequence in live)

@@ -22,7 +22,7 @@ class Sequence:
     be they a prompt, a recomputed past or the one token sampled last.
     """
 
-    def __init__(self, request: Generate, index: int, seed: int, eos_ids: frozenset[int]):
+    def __init__(self, request: Generate, index: int, seed: int, eos_ids: frozenset[int], now_s: float | None = None):
         sampling = request.sampling
         self.rid = request.rid
         self.index = index
@@ -45,7 +45,14 @@ class Sequence:
         self.status = Status.QUEUED
         self.quantum_used = 0  # tokens decoded since it last got a run slot
         self.prompt_logprobs: list = []  # collected chunk by chunk when asked for
-        self.arrival_s = time.monotonic()
+        self.arrival_s = time.monotonic() if now_s is None else now_s
+        self.deadline_s = None if request.timeout_s is None else self.arrival_s + request.timeout_s
+        self.level = request.priority  # its class; lower ones run first
+        self.tenant = request.tenant
+        self.ticket = 0  # its place among those of its class and tenant
+        self.num_charged = 0  # prompt tokens that its tenant has been charged for, or that were cached
+        self.num_overtaken = 0  # pages that those may hold which overtook it while it waited for pages
+        self.trickled = False  # has its slot although more urgent ones wait
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None  # written by Metrics
@@ -69,11 +76,10 @@ class Sequence:
         """Logits of prompt positions are wanted (once, for the first choice only)."""
         return self.sampling.prompt_logprobs and self.index == 0 and len(self.prompt_logprobs) < self.num_prompt - 1
 
-    def usage(self) -> Usage:
-        """Counts and times so far."""
-        now = time.monotonic()
-        admitted = self.admitted_s or now
-        first = self.first_token_s or now
+    def usage(self, now: float) -> Usage:
+        """Counts and times until `now`, on the scheduler's clock."""
+        admitted = now if self.admitted_s is None else self.admitted_s
+        first = now if self.first_token_s is None else self.first_token_s
         return Usage(
             prompt_tokens=self.num_prompt,
             completion_tokens=self.num_output,

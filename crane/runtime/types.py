@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 EngineStatus = Literal["starting", "loading", "ready", "draining", "failed", "lost"]
 
 
@@ -115,6 +115,9 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
     cache_salt: str = ""
     # what the output is expected to be, to be guessed from; it may turn out otherwise
     prediction_ids: list[int] = []
+    priority: int = 0  # its class: lower ones run first
+    tenant: str = ""  # whose it is: tenants share the engine fairly
+    timeout_s: float | None = None  # after so long it ends, finished or not
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

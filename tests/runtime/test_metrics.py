@@ -44,7 +44,7 @@ def test_an_end_counts_its_reason_sizes_and_times():
     metrics.end(Output("b", 0, [], "abort", usage=usage), "stop")
     metrics.end(Output("c", 0, [], "error"))
     snapshot = metrics.snapshot()
-    assert snapshot["finished"] == {"stop": 1, "length": 1, "abort": 0, "error": 1}
+    assert snapshot["finished"] == {"stop": 1, "length": 1, "abort": 0, "error": 1, "timeout": 0}
     sums = {name: each["sum"] for name, each in snapshot["histograms"].items()}
     assert sums["e2e_request_latency_seconds"] == 14.0 and sums["request_prompt_tokens"] == 200
     assert sums["request_time_per_output_token_seconds"] == 2.0 and sums["request_queue_time_seconds"] == 2.0
