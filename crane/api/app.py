@@ -105,6 +105,11 @@ class App:
             return self._wsgi(first, second)
         return WatchedBody(access, self._wsgi(first, watch_start(access, second)))
 
+    @property
+    def settings(self) -> Settings:
+        """Those it was made with, else what the environment says. Raises SettingsError."""
+        return self._settings if self._settings is not None else Settings.from_env()
+
     def start_blocking(self) -> Site:
         """Load the text side and connect (or start) the engine, from a WSGI worker; idempotent."""
         with self._lock:
@@ -135,7 +140,7 @@ class App:
         self._site = site
 
     def _open_site(self) -> Site:
-        settings = self._settings if self._settings is not None else Settings.from_env()
+        settings = self.settings
         site = Site(settings, load_keys(settings), _cors(settings))
         try:
             site.model = self._given_model or ServedModel.load(settings)
@@ -158,6 +163,9 @@ class App:
     async def _call_asgi(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})  # a 403; there is no such route
             return
         if not self._started_here():
             await self.start()

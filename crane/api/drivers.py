@@ -316,6 +316,8 @@ async def _read_async(req, limit: int) -> bytes:
         if size > limit:
             raise _too_large(limit)
         parts.append(part)
+    if size < (req.content_length or 0):
+        raise RequestError(f"the body ends after {size} of {req.content_length} bytes")
     return b"".join(parts)
 
 
@@ -326,6 +328,8 @@ def _read_blocking(req, limit: int) -> bytes:
     body = (req.env["wsgi.input"] if chunked else req.bounded_stream).read(limit + 1)
     if len(body) > limit:
         raise _too_large(limit)
+    if len(body) < (req.content_length or 0):
+        raise RequestError(f"the body ends after {len(body)} of {req.content_length} bytes")
     return body
 
 

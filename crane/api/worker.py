@@ -16,11 +16,13 @@ from collections.abc import Iterator
 
 import gunicorn
 from gunicorn.arbiter import Arbiter
+from gunicorn.workers import gasgi
 from gunicorn.workers.base import Worker
 from gunicorn.workers.gasgi import ASGIWorker
 from gunicorn.workers.gthread import ThreadWorker
 from gunicorn.workers.sync import SyncWorker
 
+from crane.api.protocol import CraneProtocol, max_connections
 from crane.errors import CraneError
 from crane.runtime.launch import halt_server, log_to_stderr
 from crane.runtime.settings import Settings
@@ -32,15 +34,20 @@ log = logging.getLogger("crane.api")
 
 
 class CraneWorker(ASGIWorker):
-    """gunicorn's asgi worker, with two changes.
+    """gunicorn's asgi worker, with three changes.
 
-    It gives signs of life while it drains: else gunicorn kills it, and its streams, after `timeout`. And an
-    application that cannot start stops the server with one line, from one worker.
+    It gives signs of life while it drains: else gunicorn kills it, and its streams, after `timeout`. An
+    application that cannot start stops the server with one line, from one worker. And connections have the bounds
+    of `protocol.CraneProtocol`.
     """
 
     def run(self):
         if not hasattr(self, "asgi"):
             self._take_over()
+        self.settings = _settings_of(self.asgi)
+        self.waiting: dict[CraneProtocol, None] = {}
+        self.max_connections = max_connections(self.settings)
+        gasgi.ASGIProtocol = CraneProtocol  # gunicorn's worker makes its connections by this name
         self.asgi = _halting(self.asgi)
         super().run()
 
@@ -86,6 +93,14 @@ def _start(start_blocking) -> None:
     else:
         if site.model_error is not None:
             halt_server(str(site.model_error))
+
+
+def _settings_of(app) -> Settings:
+    """The settings of a crane application; the defaults for another, or one that will not start with its own."""
+    try:
+        return getattr(app, "settings", None) or Settings()
+    except CraneError:
+        return Settings()
 
 
 def _halting(app):

@@ -44,7 +44,7 @@ API_SETTINGS = frozenset(
     ("model_name", "reasoning_field", "host", "port", "workers", "engine_socket", "response_store", "api_key",
      "api_key_file", "metrics_key", "cors_origins", "access_log", "worker_swap", "log_level",
      "max_body", "max_prompt_chars", "max_messages", "max_tools", "max_n", "max_logprobs", "max_stop", "max_stop_chars",
-     "max_logit_bias", "max_schema")
+     "max_logit_bias", "max_schema", "max_connections", "header_timeout_s", "body_timeout_s", "write_timeout_s")
 )  # fmt: skip
 
 

@@ -90,6 +90,11 @@ class Settings:
         64 << 10, "largest schema, grammar, regular expression or list of choices", minimum=1, maximum=256 << 10,
         kind="bytes",
     )
+    # how much of a worker's time and memory one client may take (asgi workers)
+    max_connections: int = _setting(4096, "connections of one API worker, at most", minimum=1)
+    header_timeout_s: float = _setting(15.0, "seconds for a request's headers to come", minimum=0.1, maximum=86400)
+    body_timeout_s: float = _setting(120.0, "seconds for a request's body to come", minimum=0.1, maximum=86400)
+    write_timeout_s: float = _setting(60.0, "seconds a client may take none of its answer", minimum=0.1, maximum=86400)
     graceful_timeout_s: int = _setting(60, "seconds running requests get after SIGTERM", minimum=0)
     api_key: str = _setting(
         "", "keys, separated by commas, of which clients must send one (in a file: --api-key-file)", secret=True
