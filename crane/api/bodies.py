@@ -115,6 +115,8 @@ class GenerateBody(Body):
     ebnf: str | None = None
     prompt_logprobs: NumTop | None = None
     return_token_ids: bool | None = None
+    # tokens guessed and verified in one step, at most; 0 is off. What a grammar constrains is never guessed
+    num_draft_tokens: Annotated[int, Meta(ge=0, le=64)] | None = None
     # computed prefixes are shared only between requests of the same salt
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     # these label a request and change nothing in its answer
@@ -206,6 +208,24 @@ class Message(Body):
     function_call: Absent = None
 
 
+class PredictedText(Body):
+    """A piece of a prediction."""
+
+    text: str
+    type: Literal["text"]
+
+
+class Prediction(Body):
+    """What most of the answer is expected to be: where that comes true, it comes faster."""
+
+    content: str | Annotated[list[PredictedText], Meta(min_length=1)]
+    type: Literal["content"]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class ChatBody(GenerateBody, kw_only=True):
     """POST /v1/chat/completions."""
 
@@ -229,7 +249,7 @@ class ChatBody(GenerateBody, kw_only=True):
     verbosity: Medium = None
     modalities: TextOnly = None
     audio: Absent = None
-    prediction: Absent = None
+    prediction: Prediction | None = None
     moderation: Absent = None
     web_search_options: Absent = None
     prompt_cache_options: Absent = None

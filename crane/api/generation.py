@@ -27,7 +27,8 @@ _json = msgspec.json.Encoder().encode
 @dataclass
 class Prompt:
     """One prompt of a request. text: as echoed. logprobs: of its tokens, once they came.
-    rid: of its engine request. keep_ids: special tokens whose text is part of the answer."""
+    rid: of its engine request. keep_ids: special tokens whose text is part of the answer.
+    prediction_ids: what the answer is expected to be."""
 
     ids: list[int]
     sampling: SamplingParams
@@ -36,6 +37,7 @@ class Prompt:
     logprobs: list[TokenLogprob | None] | None = None
     cached_tokens: int = 0
     keep_ids: frozenset[int] = frozenset()
+    prediction_ids: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Choice:
     parser: ChatParser | None = None
     events: list[ChatEvent] = field(default_factory=list)
     reasoning_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class BaseGeneration:
@@ -81,7 +85,8 @@ class BaseGeneration:
         self._by_output: dict[tuple[str, int], Choice] = {}
         for i, prompt in enumerate(prompts):
             rid = prompt.rid = self.id if len(prompts) == 1 else f"{self.id}-{i}"
-            self.requests.append(Generate(rid, prompt.ids, prompt.sampling, cache_salt=body.cache_salt or ""))
+            salt = body.cache_salt or ""
+            self.requests.append(Generate(rid, prompt.ids, prompt.sampling, None, salt, prompt.prediction_ids))
             for j in range(prompt.sampling.n):
                 text = TextStream(self.tokenizer, prompt.sampling, prompt.ids, prompt.keep_ids)
                 choice = Choice(len(self.choices), j, prompt, text)
@@ -112,6 +117,9 @@ class BaseGeneration:
             choice.engine_done |= output.finish_reason is not None
             if choice.finish_reason is not None:
                 continue  # its stop string came up; what the engine adds is not part of the answer
+            if output.num_drafted:
+                choice.drafted_tokens += output.num_drafted
+                choice.accepted_tokens += len(output.token_ids) - 1
             if output.finish_reason == "error":
                 frames.append(self._fail(output.error or "the engine failed"))
             else:
@@ -149,14 +157,17 @@ class BaseGeneration:
         """Token counts so far; every prompt counts once, however many choices it has."""
         num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
         num_completion = sum(len(choice.text.token_ids) for choice in self.choices)
+        details = {"reasoning_tokens": sum(choice.reasoning_tokens for choice in self.choices)}
+        drafted = sum(choice.drafted_tokens for choice in self.choices)
+        if drafted:
+            accepted = sum(choice.accepted_tokens for choice in self.choices)
+            details |= {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted}
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,
             "total_tokens": num_prompt + num_completion,
             "prompt_tokens_details": {"cached_tokens": sum(prompt.cached_tokens for prompt in self.prompts)},
-            "completion_tokens_details": {
-                "reasoning_tokens": sum(choice.reasoning_tokens for choice in self.choices)
-            },
+            "completion_tokens_details": details,
         }
 
     def _push(self, choice: Choice, output: Output) -> bytes:

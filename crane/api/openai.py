@@ -150,6 +150,10 @@ def chat_completions(context: Context, request: Request) -> ChatGeneration:
     )
     sampling = fit(chat.constrain(sampling), len(chat.ids), context.max_model_len, "messages")
     prompt = Prompt(chat.ids, sampling, keep_ids=chat.keep_ids)
+    if body.prediction is not None:
+        if sampling.constrained:
+            raise invalid("prediction", "goes without tools, structured output and thinking budgets")
+        prompt.prediction_ids = context.model.tokenizer.encode(body.prediction.text, False, parse_special=False)
     return ChatGeneration(context, body, chat, prompt)
 
 

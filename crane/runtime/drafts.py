@@ -177,14 +177,14 @@ class Drafter:
     def drafts_for(self, request: Generate, token_ids: list[int]) -> Drafts | None:
         """For a new sequence of this request, whose list of tokens is `token_ids`; None: no guesses are wanted.
 
-        Where only some tokens are allowed next nothing is guessed: what a grammar allows depends on every
-        token before, and its masks are computed one token ahead.
+        Where only some tokens may follow (a grammar, a thinking budget) nothing is guessed: what is allowed
+        depends on every token before, and masks are computed one token ahead.
         """
         sampling = request.sampling
         limit = self._limit if sampling.num_draft_tokens is None else sampling.num_draft_tokens
         if request.prediction_ids and sampling.num_draft_tokens is None:
             limit = self._default
-        if not limit or request.pooling or sampling.grammar is not None or sampling.thinking is not None:
+        if not limit or request.pooling or sampling.constrained:
             return None
         return Drafts(token_ids, len(token_ids), request.prediction_ids, limit, self._sizes)
 

@@ -61,6 +61,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def constrained(self) -> bool:
+        """Somewhere in the output only some tokens are allowed."""
+        return self.grammar is not None or (self.thinking is not None and self.thinking.max_tokens is not None)
+
     def problem(self) -> str | None:
         """What is wrong with these parameters, naming the field, or None.
 

@@ -14,7 +14,7 @@ WORKERS = {"asgi": (), "gthread": ("-k", "gthread", "--threads", "40")}
 
 @pytest.fixture(scope="module", params=WORKERS)
 def server(request, tiny_path):
-    env = {"CRANE_MODEL_NAME": "org/tiny"}
+    env = {"CRANE_MODEL_NAME": "org/tiny", "CRANE_DTYPE": "float32"}
     with start_server(tiny_path, *WORKERS[request.param], env=env) as running:
         yield running
 
@@ -65,6 +65,24 @@ def test_chat_with_every_switch_that_the_client_knows(client):
         assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
         assert bytes(b for token in choice.logprobs.content for b in token.bytes) is not None
     assert reply.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in reply.choices)
+
+
+def test_a_prediction_changes_the_work_and_not_the_answer(client):
+    options = {"messages": CHAT, "model": "org/tiny", "max_tokens": 60, "seed": 3, "extra_body": {"ignore_eos": True}}
+    plain = client.chat.completions.create(**options)
+    assert plain.usage.completion_tokens_details.accepted_prediction_tokens is None
+    # odd bytes of a tiny random model do not survive the way through text: a beginning of it is enough
+    prediction = {"type": "content", "content": plain.choices[0].message.content}
+    guessed = client.chat.completions.create(**options, prediction=prediction)
+    assert guessed.choices == plain.choices
+    details = guessed.usage.completion_tokens_details
+    assert details.accepted_prediction_tokens > 0 and details.rejected_prediction_tokens >= 0
+    chunks = list(client.chat.completions.create(
+        **options, prediction=prediction, stream=True, stream_options={"include_usage": True}
+    ))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == plain.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens_details.accepted_prediction_tokens > 0
 
 
 def test_seed_repeats_and_another_seed_differs(client):

@@ -253,7 +253,7 @@ def test_the_drafter_itself_changes_nothing_and_the_switch_of_a_request_wins(tin
     assert off.stats().drafted_tokens == 0 and on.stats().drafted_tokens > 0
     drafted = on.stats().drafted_tokens
     run(on, [Generate("a", loop, msgspec.structs.replace(params, num_draft_tokens=0))])
-    run(on, [Generate("b", loop, msgspec.structs.replace(params, thinking=Thinking((1,), (2,), True)))])
+    run(on, [Generate("b", loop, msgspec.structs.replace(params, thinking=Thinking((1,), (2,), True, 5)))])
     assert on.stats().drafted_tokens == drafted  # nothing is guessed for it: it says so, or its tokens are constrained
     run(off, [Generate("a", loop, msgspec.structs.replace(params, num_draft_tokens=4))])
     assert off.stats().drafted_tokens > 0
