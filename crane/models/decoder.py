@@ -32,7 +32,7 @@ class Decoder:
         """Takes every tensor out of `weights`. Raises ModelError for one that is missing."""
         self.config = config
         self.embedding = Embedding(weights, config, "model.embed_tokens")
-        self.rope = Rope(config, weights, self.embedding.weight.device)
+        self.rope = Rope(config, weights, weights.device)
         self.layers = [
             DecoderLayer(weights, config, layer, self.qk_norm_names) for layer in range(config.num_layers)
         ]

@@ -9,6 +9,7 @@ from torch import Tensor
 from crane.kernels.activation import silu_mul
 from crane.kernels.attention import paged_attention
 from crane.kernels.norm import rms_norm
+from crane.kernels.packed import PackedLinear
 from crane.kernels.pages import write_kv
 from crane.kernels.rope import rope, rope_tables
 from crane.models.config import ModelConfig, RopeConfig
@@ -49,24 +50,34 @@ def _can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-def load_linear(weights: Weights, names: list[str], rows: list[int], columns: int, bias: bool) -> Linear:
-    """One Linear from the weights called `names`, stacked along the output.
+def load_linear(
+    weights: Weights, names: list[str], rows: list[int], columns: int, bias: bool
+) -> Linear | PackedLinear:
+    """One product with the weights called `names`, stacked along the output.
 
     rows: output features of each. bias: whether each also has a bias.
     """
-    weight = weights.rows([f"{name}.weight" for name in names], [(count, columns) for count in rows])
+    matrices, shapes = [f"{name}.weight" for name in names], [(count, columns) for count in rows]
     stacked = weights.rows([f"{name}.bias" for name in names], [(count,) for count in rows]) if bias else None
-    return Linear(weight, stacked)
+    if parts := weights.packed(matrices, shapes):
+        return PackedLinear(parts, stacked)
+    return Linear(weights.rows(matrices, shapes), stacked)
 
 
 class Embedding:
-    """Rows of a table, one per token id."""
+    """Rows of a table, one per token id. Either `weight` has the table or `packed` does."""
 
     def __init__(self, weights: Weights, config: ModelConfig, name: str):
-        self.weight = weights.tensor(f"{name}.weight", (config.vocab_size, config.hidden_size))
+        names, shapes = [f"{name}.weight"], [(config.vocab_size, config.hidden_size)]
+        self.dtype = weights.dtype
+        parts = weights.packed(names, shapes)
+        self.packed = parts[0] if parts else None
+        self.weight = None if parts else weights.rows(names, shapes)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """token_ids: int64 [num_tokens]. Returns [num_tokens, hidden]."""
+        if self.packed:
+            return self.packed.rows(token_ids, self.dtype)
         return F.embedding(token_ids, self.weight)
 
 
@@ -158,12 +169,14 @@ class LMHead:
 
     def __init__(self, weights: Weights, config: ModelConfig, embedding: Embedding):
         if config.tie_word_embeddings:
-            self.linear = Linear(embedding.weight)
+            self.linear = PackedLinear([embedding.packed]) if embedding.packed else Linear(embedding.weight)
         else:
             self.linear = load_linear(weights, ["lm_head"], [config.vocab_size], config.hidden_size, False)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden: [num_rows, hidden]. Returns float32 [num_rows, vocab_size]."""
+        if isinstance(self.linear, PackedLinear):
+            return self.linear(hidden, torch.float32)
         return self.linear(hidden).float()
 
 

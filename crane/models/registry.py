@@ -40,9 +40,11 @@ def load_model(
     device: torch.device | str,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
+    exact: bool = True,
 ) -> Decoder:
     """The model of a checkpoint, its weights on `device` in `dtype`, ready to run.
 
+    exact: whether nothing is rounded further than to `dtype`; else weights in GGUF blocks may stay quantised.
     progress(loaded_bytes, total_bytes) is called as tensors are placed.
     Raises ModelError when a tensor is missing, misshapen or unknown.
     """
@@ -51,7 +53,8 @@ def load_model(
         supported = ", ".join(sorted(known))
         raise ModelError(f"{checkpoint.path}: no class for {config.model_type!r}; supported: {supported}")
     with torch.no_grad():
-        weights = Weights(checkpoint, config, device=torch.device(device), dtype=dtype, progress=progress)
+        device = torch.device(device)
+        weights = Weights(checkpoint, config, device=device, dtype=dtype, exact=exact, progress=progress)
         model = known[config.model_type](config, weights)
         weights.finish()
     return model

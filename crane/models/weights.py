@@ -5,6 +5,7 @@ into the tensor that the model keeps. Pieces are small enough to stay in a core'
 and the only memory beside the result.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from crane.errors import ModelError
+from crane.kernels.blocks import BlockWeight
+from crane.kernels.packed import PackedWeight, can_pack, is_packable, pack_bf16, pack_blocks
 from crane.models.files import Checkpoint, TensorInfo
 from crane.models.gguf_header import BLOCK_TYPES, show
 from crane.models.shape import ModelConfig
@@ -28,6 +31,8 @@ _CAST = 127 * 256
 # elements read and dequantised in one go, a multiple of every block size; and those of one task of the pool
 _PIECE = 4 * _CAST
 _TASK = 8 * _PIECE
+# bytes of blocks read in one call
+_READ = 4 << 20
 # stored by some converters although nothing reads them: derived from the config
 _HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
 _TIED_HEAD = "lm_head.weight"
@@ -36,6 +41,7 @@ _TIED_HEAD = "lm_head.weight"
 class Weights:
     """The tensors of one checkpoint, cast to `dtype`, on `device`. Used by one thread.
 
+    exact: whether weights are rounded to `dtype` and nothing is rounded further; see `packed`.
     progress(loaded_bytes, total_bytes): called after each tensor, bytes as in the file.
     """
 
@@ -46,6 +52,7 @@ class Weights:
         *,
         device: torch.device | str,
         dtype: torch.dtype,
+        exact: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ):
         """Raises ModelError when a header is broken."""
@@ -53,6 +60,7 @@ class Weights:
         self.config = config
         self.device = torch.device(device)
         self.dtype = dtype
+        self.exact = exact
         self.progress = progress
         self.names = _gguf_names(checkpoint, config) if checkpoint.format == "gguf" else None
         self.total_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
@@ -85,6 +93,40 @@ class Weights:
             self._fill(out[start : start + info.shape[0]], name, info)
             start += info.shape[0]
         return out
+
+    def packed(self, names: list[str], shapes: list[tuple[int, ...]]) -> list[PackedWeight] | None:
+        """What `rows` gives, laid out for the C kernels: one weight for each run of tensors of one type.
+
+        GGUF blocks stay quantised unless `exact`. None where the kernels cannot take one of the tensors; then
+        nothing was read. Raises ModelError as `rows` does.
+        """
+        infos = [self._find(name, tuple(shape)) for name, shape in zip(names, shapes, strict=True)]
+        kinds = ["BF16" if self.exact or not is_packable(info.dtype) else info.dtype for info in infos]
+        if self.device.type != "cpu" or not all(map(can_pack, kinds, shapes, [self.dtype] * len(kinds))):
+            return None
+        found = []
+        for kind, run in itertools.groupby(zip(kinds, names, infos, strict=True), key=lambda each: each[0]):
+            run = list(run)
+            if kind == "BF16":
+                found.append(pack_bf16(self.rows([name for _, name, _ in run], [info.shape for *_, info in run])))
+            else:
+                data = torch.cat([self._blocks(name, info) for _, name, info in run])
+                found.append(pack_blocks(BlockWeight(kind, data)))
+        return found
+
+    def _blocks(self, name: str, info: TensorInfo) -> Tensor:
+        """A matrix as the file has it: uint8 [out_features, row_bytes]."""
+        data = torch.empty(info.shape[0], info.nbytes // info.shape[0], dtype=torch.uint8)
+        flat = data.view(-1).numpy()
+        descriptor = self._descriptor(info.path)
+
+        def read(start: int) -> None:
+            _read_exactly(descriptor, info, flat[start : start + _READ], info.offset + start)
+
+        list(self.pool.map(read, range(0, info.nbytes, _READ)))
+        self._count(info)
+        num_heads = self._permuted_heads(name)
+        return _unpermute(data, num_heads) if num_heads else data
 
     def finish(self) -> None:
         """Close the files. Raises ModelError naming tensors that the model did not ask for."""
@@ -136,6 +178,10 @@ class Weights:
             out.copy_(target)
         if out.dtype == torch.float16 and not torch.isfinite(out).all():
             raise ModelError(f"{info.path}: tensor {show(info.name)} exceeds the range of float16")
+        self._count(info)
+
+    def _count(self, info: TensorInfo) -> None:
+        """Note that a tensor was read."""
         if info.name not in self.used:
             self.used.add(info.name)
             self.loaded_bytes += info.nbytes

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from crane.errors import SettingsError
+from crane.kernels import native
 from crane.models.config import ModelConfig
 from crane.runtime.kv_cache import page_bytes
-from crane.runtime.settings import Settings, num_cores
+from crane.runtime.settings import Settings, cache_dir, num_cores
 
 # Shares of the memory that is free once the weights are loaded. A CPU shares it with everything else
 # that runs there, a GPU is ours.
@@ -41,6 +42,19 @@ def pick_dtype(settings: Settings, device: torch.device, checkpoint_dtype: str) 
 def set_threads(settings: Settings) -> None:
     """Give torch --threads threads, or one per core this process may use."""
     torch.set_num_threads(settings.threads or num_cores())
+
+
+def load_native(settings: Settings, device: torch.device) -> None:
+    """Make the C kernels available on a CPU, unless --kernels rules them out."""
+    if device.type == "cpu" and settings.kernels == "auto":
+        native.load(cache_dir(), torch.get_num_threads())
+    else:
+        native.unload()
+
+
+def is_exact(settings: Settings) -> bool:
+    """Whether nothing may be rounded further than to the compute type."""
+    return settings.exact or settings.dtype == "float32"
 
 
 def page_budget(settings: Settings, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:

@@ -46,10 +46,11 @@ class Engine:
         config = load_config(checkpoint, settings.model_type)
         device = devices.pick_device(settings)
         registry.configure(settings.kernels, settings.torch_kernels, device)
+        devices.load_native(settings, device)
         dtype = devices.pick_dtype(settings, device, config.dtype)
         with ThreadPoolExecutor(1) as pool:  # the vocabulary is read while the weights are
             loaded = pool.submit(load_tokenizer, checkpoint)
-            model = load_model(checkpoint, config, device, dtype, progress)
+            model = load_model(checkpoint, config, device, dtype, progress, devices.is_exact(settings))
             tokenizer = loaded.result()
         # A model's embedding is often padded beyond its tokenizer; some fine-tunes add tokens the model lacks:
         # ids that may be given or drawn are those that both know.

@@ -43,11 +43,14 @@ class Settings:
     dtype: str = _setting("auto", "compute type", choices=("auto", "float32", "bfloat16", "float16"))
     kernels: str = _setting(
         "auto",
-        "what computes: auto is Triton on a GPU wherever it can take a call, else torch; torch never uses Triton; "
-        "triton is an error where auto would fall back",
+        "what computes: auto is Triton on a GPU and, where there is a C compiler, crane's own C on a CPU, wherever "
+        "they can take a call, else torch; torch is torch alone; triton is an error where auto would fall back",
         choices=("auto", "torch", "triton"),
     )
     torch_kernels: str = _setting("", "kernels that run in torch all the same, by name, separated by commas")
+    exact: bool = _setting(
+        False, "on a CPU round GGUF weights to the compute type and nothing further, as --dtype float32 does, too"
+    )
     threads: int = _setting(0, "CPU threads of the engine (0: one per core)", minimum=0)
     page_size: int = _setting(16, "tokens in one KV page", minimum=1)
     prefix_cache: bool = _setting(True, "keep computed prompts for later requests that start the same way")
@@ -156,6 +159,11 @@ def prefer_waiting_threads() -> None:
 def child_env(**more: str) -> dict[str, str]:
     """The environment of a child process: ours, and `more`."""
     return {**os.environ, **more}
+
+
+def cache_dir() -> Path:
+    """Where crane keeps what it can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crane"
 
 
 def num_cores() -> int:

@@ -1,0 +1,75 @@
+/* What every file here shares: vectors of 16 lanes, number formats, the thread pool.
+
+Vectors are GCC's and clang's own (`vector_size`): +, *, & and >> work on them, and the compiler makes one
+AVX-512 register of each, or two AVX2 ones. Only what has no operator is written per instruction set. */
+#pragma once
+#if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
+#error "this processor lacks AVX2, FMA or F16C"
+#endif
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef float vf __attribute__((vector_size(64)));    /* 16 float */
+typedef int32_t vi __attribute__((vector_size(64)));  /* 16 int32 */
+typedef uint32_t vu __attribute__((vector_size(64))); /* 16 uint32 */
+typedef uint16_t vh __attribute__((vector_size(32))); /* 16 bfloat16 or float16, as bits */
+
+#define INLINE static inline __attribute__((always_inline))
+#define SPREAD(x) ((x) - (vf){}) /* 16 times the float x */
+
+INLINE vu load_u(const void *p) { vu v; memcpy(&v, p, 64); return v; }
+INLINE vf load_f(const void *p) { vf v; memcpy(&v, p, 64); return v; }
+INLINE vh load_h(const void *p) { vh v; memcpy(&v, p, 32); return v; }
+INLINE void store_f(void *p, vf v) { memcpy(p, &v, 64); }
+INLINE void store_u(void *p, vu v) { memcpy(p, &v, 64); }
+INLINE void store_h(void *p, vh v) { memcpy(p, &v, 32); }
+
+INLINE vf from_bf16(vh v) { return (vf)(__builtin_convertvector(v, vu) << 16); }
+/* round to nearest even, as torch does */
+INLINE vu round_bf16(vf v) { vu u = (vu)v; return u + 0x7fff + ((u >> 16) & 1); }
+INLINE vh to_bf16(vf v) { return __builtin_convertvector(round_bf16(v) >> 16, vh); }
+INLINE float from_bf16_1(uint16_t v) { uint32_t u = (uint32_t)v << 16; float f; memcpy(&f, &u, 4); return f; }
+INLINE uint16_t to_bf16_1(float f) { uint32_t u; memcpy(&u, &f, 4); return (u + 0x7fff + ((u >> 16) & 1)) >> 16; }
+INLINE float from_f16_1(uint16_t v) { return _cvtsh_ss(v); }
+INLINE uint16_t to_f16_1(float f) { return _cvtss_sh(f, 0); }
+
+INLINE vf from_f16(const void *p) {
+#ifdef __AVX512F__
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(p));
+#else
+    union { vf all; __m256 half[2]; } v;
+    v.half[0] = _mm256_cvtph_ps(_mm_loadu_si128(p));
+    v.half[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p + 1));
+    return v.all;
+#endif
+}
+
+INLINE float sum_f(vf v) {
+    float sum = 0;
+    for (int i = 0; i < 16; i++) sum += v[i];
+    return sum;
+}
+
+/* Activations are bfloat16 or float32. */
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+INLINE vf load_as_f(const void *p, int64_t i, int dtype) {
+    return dtype == BFLOAT16 ? from_bf16(load_h((const uint16_t *)p + i)) : load_f((const float *)p + i);
+}
+INLINE float load_as_f1(const void *p, int64_t i, int dtype) {
+    return dtype == BFLOAT16 ? from_bf16_1(((const uint16_t *)p)[i]) : ((const float *)p)[i];
+}
+INLINE void store_as(void *p, int64_t i, vf v, int dtype) {
+    if (dtype == BFLOAT16) store_h((uint16_t *)p + i, to_bf16(v));
+    else store_f((float *)p + i, v);
+}
+INLINE void store_as1(void *p, int64_t i, float v, int dtype) {
+    if (dtype == BFLOAT16) ((uint16_t *)p)[i] = to_bf16_1(v);
+    else ((float *)p)[i] = v;
+}
+
+/* pool.c: calls task(argument, i) once for every i in [0, num_tasks), on all threads. */
+void crane_parallel(void (*task)(void *, int64_t), void *argument, int64_t num_tasks);
+int crane_threads(void);
+/* memory of the calling thread, at least so large, 64-byte aligned; its content is lost at the next call */
+void *crane_scratch(size_t bytes);

@@ -1,0 +1,185 @@
+"""The C kernels of `crane/kernels/cpu`: built once by the machine's own compiler, loaded with ctypes.
+
+They are optional. Without a compiler, on another architecture, or when anything about them fails, everything
+computes in torch; the reason is logged and shown by `reason`. A build is tried in a process of its own before it is
+used, so that an instruction the machine turns out not to have cannot end the engine.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from ctypes import c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import numpy as np
+
+log = logging.getLogger("crane.kernels")
+
+SOURCES = Path(__file__).parent / "cpu"
+_FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-Wno-psabi"]
+_BUILD_TIMEOUT_S = 120
+# A thread that waits looks for work so many times (about 20 to 100 us) before it sleeps.
+SPINS = 2000
+FLOAT32, BFLOAT16 = 0, 1
+
+_POINTER = c_void_p
+_SIGNATURES = {
+    "crane_set_threads": (None, [c_int32, c_int32]),
+    "crane_has_amx": (c_int32, []),
+    "crane_weight_bytes": (c_int64, [_POINTER]),
+    "crane_pack": (None, [_POINTER] * 4 + [c_int64] * 2),
+    "crane_pack_bf16": (None, [_POINTER] * 2 + [c_int64] * 2),
+    "crane_rows": (None, [_POINTER, _POINTER, c_int64, _POINTER, c_int32]),
+    "crane_linear": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int64, c_int32, c_int32]),
+}
+
+
+class Weight(ctypes.Structure):
+    """`Weight` of linear.c."""
+
+    _fields_ = [
+        ("panels", c_void_p), ("bias", c_void_p), ("num_rows", c_int64), ("num_columns", c_int64),
+        ("bits", c_int32), ("groups", c_int32), ("has_offset", c_int32), ("shift", c_int32),
+    ]  # fmt: skip
+
+
+_library: ctypes.CDLL | None = None
+_reason = "not asked for"
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None."""
+    return _library
+
+
+def reason() -> str:
+    """Why there is no library."""
+    return _reason
+
+
+def load(cache: Path, num_threads: int) -> ctypes.CDLL | None:
+    """Build the kernels unless `cache` has them, load them, and set how many threads they use.
+
+    Returns None, after a line in the log, where they cannot be had.
+    """
+    global _library, _reason
+    if _library is None:
+        try:
+            _library = _open(_build(cache))
+        except _Unavailable as error:
+            if _reason != str(error):
+                log.warning("the C kernels are not used: %s", error)
+            _reason = str(error)
+            return None
+    _library.crane_set_threads(num_threads, SPINS)
+    return _library
+
+
+def unload() -> None:
+    """Compute in torch from now on; what was made with the library still works."""
+    global _library, _reason
+    _library, _reason = None, "ruled out"
+
+
+class _Unavailable(Exception):
+    """Why there are no C kernels, in words for the log."""
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise _Unavailable(f"{path} does not load: {error}") from None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def _compiler() -> list[str]:
+    for name in ("cc", "gcc", "clang"):
+        if path := shutil.which(name):
+            return [path]
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc"]
+    raise _Unavailable("there is no C compiler; install gcc or clang, or: pip install ziglang")
+
+
+def _processor() -> str:
+    """What decides which instructions a build may use; caches are shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name"))}))
+
+
+def _build(cache: Path) -> Path:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise _Unavailable(f"there are none for {platform.machine()} yet")
+    command = [*_compiler(), *_FLAGS]
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    digest = hashlib.sha256("\n".join([_processor(), *command, *(path.read_text() for path in sources)]).encode())
+    library = cache / "kernels" / f"crane-{digest.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / "crane.so"
+            _run([*command, *(str(path) for path in sources if path.suffix == ".c"), "-o", str(made), "-lm"])
+            _run([sys.executable, "-I", __file__, str(made)])
+            os.replace(made, library)
+    except OSError as error:
+        raise _Unavailable(f"{library} cannot be written: {error}") from None
+    log.info("built the C kernels: %s", library)
+    return library
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise _Unavailable(f"{command[0]} took longer than {_BUILD_TIMEOUT_S} s") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [f"status {done.returncode}"]
+        raise _Unavailable(f"{' '.join(command[:3])[:80]} failed: {lines[0]}")
+
+
+def check(path: str) -> None:
+    """Compute a little with the library at `path`, in every way it has. Raises AssertionError when it is wrong."""
+    made = _open(Path(path))
+    made.crane_set_threads(2, SPINS)
+    random = np.random.default_rng(0)
+    codes = random.integers(-8, 8, (48, 64), dtype=np.int8)
+    scale = np.full((48, 2), 0.5, np.float32)
+    weight = Weight(None, None, 48, 64, 4, 1, 0, 8)
+    panels = np.zeros(made.crane_weight_bytes(ctypes.byref(weight)), np.uint8)
+    weight.panels = panels.ctypes.data
+    made.crane_pack(ctypes.byref(weight), codes.ctypes.data, scale.ctypes.data, None, 0, 48)
+    x = random.integers(-127, 128, (19, 64)).astype(np.float32)
+    x[:, ::32] = 127  # so that 8 bits hold each value exactly
+    out = np.zeros((19, 48), np.float32)
+    halves = (x.view(np.uint32) >> 16).astype(np.uint16)  # as bfloat16, equally exact
+    for given, dtype, method in ((x, FLOAT32, 0), (halves, BFLOAT16, made.crane_has_amx())):
+        out[:] = 0
+        made.crane_linear(
+            ctypes.byref(weight), given.ctypes.data, 19, dtype, out.ctypes.data, 48, FLOAT32, method
+        )
+        assert np.allclose(out, x @ codes.T * 0.5, rtol=1e-5), f"method {method} computes something else"
+
+
+def has_amx() -> bool:
+    """Whether the library multiplies bfloat16 on AMX here."""
+    return _library is not None and bool(_library.crane_has_amx())
+
+
+if __name__ == "__main__":
+    check(sys.argv[1])

@@ -1,0 +1,170 @@
+"""The C kernels: built where a compiler is, right in every layout, absent without harm."""
+
+import ctypes
+import os
+import re
+import threading
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from crane.kernels import native
+from crane.kernels.blocks import BlockWeight, dequantize
+from crane.kernels.packed import PackedLinear, can_pack, is_packable, pack_bf16, pack_blocks
+from crane.models.config import load_config
+from crane.models.files import open_checkpoint
+from crane.models.registry import load_model
+from crane.runtime.settings import cache_dir
+from tests.models.paged import PagedRun
+from tests.tiny import make_tiny
+
+KINDS = [kind for kind in gguf.GGMLQuantizationType.__members__ if is_packable(kind)]
+
+
+@pytest.fixture
+def library():
+    """The kernels, loaded for one test."""
+    if native.load(cache_dir(), 2) is None:
+        pytest.skip(f"no C kernels here: {native.reason()}")
+    yield native.library()
+    native.unload()
+
+
+def random_weight(kind, rows, columns, seed=0):
+    """Blocks of random codes whose float16 scales are small and finite."""
+    elements, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 256, (rows, columns // elements, nbytes), dtype=np.uint8)
+    places = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
+              "Q6_K": (208,)}.get(kind, (0,))  # fmt: skip
+    for place in places:
+        scale = random.uniform(0.001, 0.01, blocks.shape[:2]).astype(np.float16)
+        blocks[..., place : place + 2] = scale[..., None].view(np.uint8)
+    return BlockWeight(kind, torch.from_numpy(blocks.reshape(rows, -1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_are_the_blocks_values_with_scales_in_float16(library, kind):
+    weight = random_weight(kind, 200, 512)
+    ids = torch.tensor([0, 17, 199, 16, 0])
+    expected = dequantize(weight)[ids]
+    found = pack_blocks(weight).rows(ids, torch.float32)
+    if kind.endswith("_K") or kind == "IQ4_XS":  # their scales are products, which float16 rounds to 11 bits
+        assert (found - expected).abs().max() <= 2e-3 * expected.abs().max()
+    else:
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 3, 15, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_with_blocks_is_off_by_its_rounding_only(library, kind, rows, dtype):
+    weight = random_weight(kind, 136, 512)
+    torch.manual_seed(0)
+    x, bias = torch.randn(rows, 512).to(dtype), torch.randn(136)
+    exact = x.double() @ dequantize(weight).double().T + bias
+    found = PackedLinear([pack_blocks(weight)], bias)(x, torch.float32)
+    assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 70])
+def test_a_product_with_a_bfloat16_matrix_rounds_nothing(library, rows):
+    if not can_pack("BF16", (40, 96), torch.bfloat16):
+        pytest.skip("needs AMX")
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, 96).bfloat16(), torch.randn(40, 96).bfloat16(), torch.randn(40)
+    packed = pack_bf16(weight)
+    assert torch.equal(packed.rows(torch.arange(40), torch.bfloat16), weight)
+    found = PackedLinear([packed], bias)(x, torch.float32)
+    torch.testing.assert_close(found.double(), x.double() @ weight.double().T + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_different_types_lie_side_by_side(library):
+    parts = [random_weight("Q5_0", 48, 64), random_weight("Q8_0", 16, 64, seed=1)]
+    x = torch.randn(20, 64)
+    whole = torch.cat([dequantize(part) for part in parts])
+    found = PackedLinear([pack_blocks(part) for part in parts])(x)
+    assert found.shape == (20, 64)
+    assert (found - x @ whole.T).norm() < 0.01 * (x @ whole.T).norm()
+
+
+def test_threads_that_multiply_at_the_same_time_get_their_own_results(library):
+    weight = random_weight("Q8_0", 512, 256)
+    linear = PackedLinear([pack_blocks(weight)])
+    inputs = [torch.randn(3, 256) for _ in range(4)]
+    expected, wrong = [linear(x) for x in inputs], []
+
+    def work(x, result):
+        for _ in range(200):
+            if not torch.equal(linear(x), result):
+                wrong.append(x)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "hunyuan"])
+def test_a_quantised_model_scores_as_its_dequantised_self_does(library, tmp_path, arch):
+    path = make_tiny(tmp_path, arch, fmt="gguf", quant="Q8_0")
+    checkpoint = open_checkpoint(path)
+    config = load_config(checkpoint)
+    tokens = list(range(5, 25))
+
+    def scores(dtype, exact):
+        model = load_model(checkpoint, config, "cpu", dtype, exact=exact)
+        run = PagedRun(model, num_pages=16, dtype=dtype)
+        prompt, last = run.step([("a", tokens)])[0], run.step([("a", [7])])[0]
+        return torch.cat((prompt, last)).log_softmax(-1)
+
+    exact = scores(torch.float32, True)
+    assert (scores(torch.float32, False) - exact).abs().mean() < 0.02 * exact.std()
+    assert (scores(torch.bfloat16, False) - exact).abs().mean() < 0.05 * exact.std()
+
+
+def test_without_a_compiler_the_reason_is_given_and_torch_computes(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(native, "_library", None)
+    for _ in range(2):
+        assert native.load(tmp_path, 2) is None
+    assert "no C compiler" in native.reason()
+    assert len([line for line in caplog.messages if "no C compiler" in line]) == 1
+    assert not can_pack("Q8_0", (16, 32), torch.float32)
+
+
+@pytest.mark.parametrize("script, words", [
+    ("echo 'x.c:1: error: unknown vector' >&2; exit 1", "unknown vector"),
+    ("for last; do :; done; while [ $# -gt 1 ]; do [ $1 = -o ] && echo junk > $2; shift; done", "does not load|failed"),
+])  # fmt: skip
+def test_a_build_that_fails_or_does_not_work_is_not_used(tmp_path, monkeypatch, script, words):
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native.shutil, "which", lambda name: str(compiler))
+    assert native.load(tmp_path / "cache", 2) is None
+    assert re.search(words, native.reason())
+    assert not list((tmp_path / "cache" / "kernels").iterdir())
+
+
+def test_a_forked_child_computes_alone(library):
+    weight = random_weight("Q4_0", 512, 256)
+    linear, x = PackedLinear([pack_blocks(weight)]), torch.randn(2, 256)
+    expected = linear(x)
+    out = torch.empty(2, 512)
+    child = os.fork()
+    if child == 0:
+        address, _, _ = linear._plan[0]
+        library.crane_linear(address, x.data_ptr(), 2, 0, out.data_ptr(), 512, 0, 0)
+        os._exit(0 if torch.equal(out, expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_structures_are_as_large_as_in_c():
+    assert ctypes.sizeof(native.Weight) == 48
