@@ -79,6 +79,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _shown(spec: dataclasses.Field) -> str:
+    if spec.default is None:
+        return "auto"
     if spec.metadata["kind"] == "bytes" and spec.default:
         return f"{spec.default >> 20}m" if spec.default >= 1 << 20 else f"{spec.default >> 10}k"
     return str(spec.default)

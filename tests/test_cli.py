@@ -62,7 +62,8 @@ def test_flags_win_over_variables_even_when_they_repeat_the_default(monkeypatch)
         (["--port", "http"], "--port must be a whole number, got 'http'"),
         (["--port", "65536"], "CRANE_PORT must be at most 65535, got 65536"),
         (["--format", "onnx"], "CRANE_FORMAT must be one of auto, safetensors, gguf, got 'onnx'"),
-        (["--kv-memory", "much"], "--kv-memory must be a size such as 500m or 2g, got 'much'"),
+        (["--kv-memory", "much"],
+         "--kv-memory must be a size such as 500m or 2g, or a part such as 40% or 0.4, got 'much'"),
     ],
 )
 def test_bad_flags_are_named(argv, message):

@@ -27,9 +27,10 @@ class Row:
 
 @dataclass(slots=True)
 class Batch:
-    """The rows of one step."""
+    """The rows of one step, and the copies of pages that come before it, as in `PagePool.copies`."""
 
     rows: list[Row] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

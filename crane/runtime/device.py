@@ -15,6 +15,9 @@ from crane.runtime.settings import Settings, cache_dir, num_cores
 # that runs there, a GPU is ours.
 _CPU_SHARE = 0.5
 _GPU_SHARE = 0.9
+# The same of host memory, for pages that give way.
+_HOST_SHARE_CPU = 0.25
+_HOST_SHARE_GPU = 0.5
 
 
 def pick_device(settings: Settings) -> torch.device:
@@ -65,7 +68,7 @@ def page_budget(settings: Settings, config: ModelConfig, device: torch.device, d
     """
     size = page_bytes(config, settings.page_size, dtype)
     share = _GPU_SHARE if device.type == "cuda" else _CPU_SHARE
-    budget = settings.kv_memory or int(free_memory_bytes(device) * share)
+    budget = _bytes(settings.kv_memory or share, free_memory_bytes(device))
     longest = settings.max_model_len or config.max_position
     if settings.max_model_len > config.max_position:
         raise SettingsError(
@@ -81,6 +84,27 @@ def page_budget(settings: Settings, config: ModelConfig, device: torch.device, d
     if num_pages < 1:
         raise SettingsError(f"not one KV page of {size} bytes fits into {budget} bytes: raise --kv-memory")
     return num_pages, min(longest, fits)
+
+
+def host_budget(settings: Settings, config: ModelConfig, device: torch.device, dtype: torch.dtype,
+                num_pages: int) -> int:
+    """How many more pages fit in --host-kv-memory, or in a share of the host memory that is left.
+
+    Beside a GPU half of it; on a CPU, where it is the same memory, a quarter, and no more than the pages themselves.
+    """
+    size = page_bytes(config, settings.page_size, dtype)
+    free = free_memory_bytes(torch.device("cpu"))
+    if device.type == "cuda":
+        return _bytes(_HOST_SHARE_GPU if settings.host_kv_memory is None else settings.host_kv_memory, free) // size
+    free = max(free - num_pages * size, 0)  # pages that nothing was written to count as free still
+    if settings.host_kv_memory is None:
+        return min(_bytes(_HOST_SHARE_CPU, free) // size, num_pages)
+    return _bytes(settings.host_kv_memory, free) // size
+
+
+def _bytes(setting: int | float, free: int) -> int:
+    """A setting of kind "memory": bytes, or a fraction of what is free."""
+    return int(setting * free) if isinstance(setting, float) else setting
 
 
 def free_memory_bytes(device: torch.device) -> int:

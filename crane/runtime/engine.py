@@ -15,9 +15,10 @@ from crane.models.files import open_checkpoint
 from crane.models.registry import load_model
 from crane.models.tokenizer import load_tokenizer
 from crane.runtime import device as devices
+from crane.runtime.costs import Costs
 from crane.runtime.drafts import Drafter
 from crane.runtime.grammar import GrammarCompiler, wait_any
-from crane.runtime.kv_cache import allocate_pages
+from crane.runtime.kv_cache import HostPages, allocate_pages, page_bytes
 from crane.runtime.metrics import Metrics
 from crane.runtime.pages import PagePool
 from crane.runtime.runner import ModelRunner
@@ -57,20 +58,23 @@ class Engine:
         vocab_size = min(tokenizer.vocab_size, config.vocab_size)
         num_pages, max_model_len = devices.page_budget(settings, config, device, dtype)
         kv = allocate_pages(config, num_pages, settings.page_size, dtype=dtype, device=device)
+        num_host_pages = devices.host_budget(settings, config, device, dtype, num_pages)
+        self.host = HostPages(kv, num_host_pages)
         self.runner = ModelRunner(model, kv, vocab_size)
         self.scheduler = Scheduler(
-            PagePool(num_pages, settings.page_size),
+            PagePool(num_pages, settings.page_size, num_host_pages),
             max_running=settings.max_concurrent,
             quantum_tokens=settings.decode_tokens_per_seq,
             max_step_tokens=settings.max_step_tokens,
             max_model_len=max_model_len,
             prefix_cache=settings.prefix_cache,
             drafter=Drafter(settings),
+            costs=Costs(page_bytes(config, settings.page_size, dtype), settings.preemption, self.host.measure()),
         )
         self._eos_ids = frozenset(config.eos_token_ids)
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_ids)
         self._compiling: list[Sequence] = []  # new sequences whose grammar may yet turn out to be wrong
-        self._stats = EngineStats(num_pages=num_pages)
+        self._stats = EngineStats(num_pages=num_pages, num_host_pages=num_host_pages)
         self._metrics = Metrics()
         self._prefill = _Rate()
         self._decode = _Rate()
@@ -177,6 +181,8 @@ class Engine:
         """Plan, run and commit one step. A fault in it fails the requests of its batch, nobody else's."""
         refused = self._refuse_grammars()
         batch = self.scheduler.plan()
+        if batch.copies and (lost := self._copy(batch.copies)):
+            return refused + lost
         if not batch.rows:
             if not refused and self.has_work:
                 wait_any([s.constraint for s in self.scheduler.find(None) if s.constraint], _GRAMMAR_POLL_S)
@@ -193,6 +199,19 @@ class Engine:
         self._count(batch, outputs, time.perf_counter() - started_s)
         self._metrics.step(batch, outputs)
         return refused + outputs
+
+    def _copy(self, copies: list[tuple[int, int]]) -> list[Output]:
+        """Move pages before the step. When that fails nobody knows what pages contain: everything starts anew."""
+        started_s = time.perf_counter()
+        try:
+            self.host.apply(copies)
+        except Exception as error:  # whatever went wrong, its requests must be answered
+            log.exception("copying %d pages failed", len(copies))
+            self.flush_cache()
+            return self.fail_all(f"the engine lost its cache: {type(error).__name__}")
+        if self.info.device == "cpu":  # elsewhere copies go on while the step runs
+            self.scheduler.costs.copied(len(copies), time.perf_counter() - started_s)
+        return []
 
     def _refuse_grammars(self) -> list[Output]:
         """End sequences whose grammar turns out not to compile."""
@@ -228,6 +247,8 @@ class Engine:
         self._prefill.add(batch.num_tokens - decoded, (batch.num_tokens - decoded) * share_s)
         if decoded == batch.num_tokens:
             self.scheduler.drafter.cost.learn(decoded, elapsed_s)
+        if batch.num_tokens > decoded:
+            self.scheduler.costs.computed(batch.num_tokens - decoded, (batch.num_tokens - decoded) * share_s)
 
     def metrics(self) -> dict:
         """All that is counted: `Metrics.snapshot`, and the counters of `stats` by name."""
@@ -237,6 +258,9 @@ class Engine:
         """A snapshot of the counters."""
         stats, scheduler = self._stats, self.scheduler
         stats.preemptions = scheduler.num_preemptions
+        stats.swaps = scheduler.num_swaps
+        stats.host_cached_tokens = scheduler.num_host_tokens
+        stats.free_host_pages = scheduler.pool.host.num_free
         stats.cached_tokens = scheduler.num_cached_tokens
         drafter = scheduler.drafter
         stats.drafts, stats.drafted_tokens = drafter.num_drafts, drafter.num_drafted

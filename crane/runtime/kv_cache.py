@@ -1,9 +1,14 @@
-"""The device memory of all KV pages. The one place that knows their layout."""
+"""The memory of all KV pages, on the device and in host memory. The one place that knows their layout."""
+
+import time
 
 import torch
 from torch import Tensor
 
 from crane.models.config import ModelConfig
+
+# Host memory is allocated in such pieces when it is first used: pinning all of it at once would delay the start.
+_SLAB_BYTES = 64 << 20
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
@@ -20,3 +25,75 @@ def allocate_pages(config: ModelConfig, num_pages: int, page_size: int, *, dtype
     """
     shape = (num_pages, config.num_layers, 2, page_size, config.num_kv_heads, config.head_dim)
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+class HostPages:
+    """Pages of host memory, each as large as one of `kv`, and the copies between the two.
+
+    kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]. On CUDA they are pinned and pages go
+    out on a stream of their own, from a copy that the device makes first, so that the step does not wait for them.
+    """
+
+    def __init__(self, kv: Tensor, num_host_pages: int):
+        self.kv = kv
+        self.num_pages = len(kv)
+        self.num_host_pages = num_host_pages
+        self._cuda = kv.device.type == "cuda"
+        self._stream = torch.cuda.Stream(kv.device) if self._cuda else None
+        self._slab_pages = max(_SLAB_BYTES // max(kv[0].nbytes, 1), 1)
+        self._slabs: list[Tensor | None] = [None] * -(-num_host_pages // self._slab_pages)
+
+    def page(self, number: int) -> Tensor:
+        """One host page: [num_layers, 2, page_size, num_kv_heads, head_dim]."""
+        place, within = divmod(number, self._slab_pages)
+        if self._slabs[place] is None:
+            count = min(self._slab_pages, self.num_host_pages - place * self._slab_pages)
+            self._slabs[place] = torch.empty((count, *self.kv.shape[1:]), dtype=self.kv.dtype, pin_memory=self._cuda)
+        return self._slabs[place][within]
+
+    @torch.inference_mode()
+    def apply(self, copies: list[tuple[int, int]]) -> None:
+        """Make `PagePool.copies`, in order. What the device computes next sees them made."""
+        for source, target in copies:
+            if target >= self.num_pages:
+                self._out(self.kv[source], self.page(target - self.num_pages))
+            elif source >= self.num_pages:
+                self._in(self.page(source - self.num_pages), self.kv[target])
+            else:
+                self.kv[target].copy_(self.kv[source])
+
+    def _out(self, page: Tensor, host_page: Tensor) -> None:
+        if not self._cuda:
+            host_page.copy_(page)
+            return
+        staged = page.clone()  # the page itself may be written to from here on
+        self._stream.wait_stream(torch.cuda.current_stream(page.device))
+        with torch.cuda.stream(self._stream):
+            host_page.copy_(staged, non_blocking=True)
+        staged.record_stream(self._stream)
+
+    def _in(self, host_page: Tensor, page: Tensor) -> None:
+        if self._cuda:  # it may be on its way out still
+            torch.cuda.current_stream(page.device).wait_stream(self._stream)
+        page.copy_(host_page, non_blocking=self._cuda)
+
+    def settle(self) -> None:
+        """Wait until host memory contains what was copied to it."""
+        if self._cuda:
+            self._stream.synchronize()
+
+    def measure(self, num_pages: int = 8) -> float:
+        """Bytes a second of copying pages out and in again; overwrites the first of both, so call it
+        before anything is computed. 0 without host pages."""
+        count = min(num_pages, self.num_pages, self.num_host_pages)
+        out = [(place, self.num_pages + place) for place in range(count)]
+        for page in self.kv[:count]:
+            page.zero_()  # touched once, so that what is timed is not the system handing out memory
+        self.apply(out)
+        self.settle()
+        started_s = time.perf_counter()
+        self.apply(out + [(target, source) for source, target in out])
+        self.settle()
+        if self._cuda:
+            torch.cuda.synchronize(self.kv.device)
+        return 2 * count * self.kv[0].nbytes / max(time.perf_counter() - started_s, 1e-9)

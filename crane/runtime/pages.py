@@ -1,109 +1,146 @@
-"""Which KV pages are free, who holds the others, and what they contain: host arithmetic only, no tensors.
+"""The KV pages of the device and their copies in host memory: who holds them, what they contain.
 
 A page holds the K and V of `page_size` consecutive tokens in every layer. Pages are reference-counted, so
 that sequences can share them. A full page is remembered by its content: the tokens in it and all tokens before
 it. When nobody holds it any more it stays, until its memory is needed, for the next sequence that starts
-the same way.
+the same way; then it goes on in a page of host memory, if there are any, until that is needed, too.
+
+Host arithmetic only, no tensors: what has to be copied is noted in `copies`, in order, for the runner.
 """
 
-from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-
-@dataclass(eq=False, slots=True)
-class Node:
-    """One remembered page: `tokens` after `parent`'s, or at the start of a text of `salt` when parent is None.
-
-    Found through (parent, salt, tokens), compared in full: no hash stands for content.
-    """
-
-    parent: "Node | None"
-    salt: str
-    tokens: tuple[int, ...]
-    page: int
-
-    @property
-    def key(self) -> tuple:
-        return (self.parent, self.salt, self.tokens)
+from crane.runtime.ledger import Ledger, Node
 
 
 class PagePool:
-    """Reference counts, free list and prefix index of `num_pages` pages. Written by Scheduler only.
+    """`num_pages` pages on the device, `num_host_pages` of the same size in host memory, one prefix index of both.
 
-    A page is held (references > 0), or kept (no reference, remembered), or blank.
+    Written by Scheduler only. copies: (source, target) in the order they have to be made; a number below
+    `num_pages` is a page, `num_pages + i` host page i.
     """
 
-    def __init__(self, num_pages: int, page_size: int):
+    def __init__(self, num_pages: int, page_size: int, num_host_pages: int = 0):
         self.num_pages = num_pages
         self.page_size = page_size
-        # A stack: the page freed last is taken first, while its memory is still warm in cache.
-        self._blank = list(range(num_pages - 1, -1, -1))
-        self._refs = [0] * num_pages
+        self.device = Ledger(num_pages)
+        self.host = Ledger(num_host_pages)
+        self.copies: list[tuple[int, int]] = []
         self._nodes: dict[tuple, Node] = {}
-        self._node_of: dict[int, Node] = {}
-        self._kept: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
     def num_free(self) -> int:
-        """Pages that can be taken: blank ones, and kept ones that would be forgotten."""
-        return len(self._blank) + len(self._kept)
+        """Pages that can be taken: blank ones, and kept ones that would lose their content."""
+        return self.device.num_free
 
     @property
     def num_kept(self) -> int:
-        return len(self._kept)
-
-    def num_kept_of(self, nodes: list[Node]) -> int:
-        """How many of these pages count as free: sharing them takes them from `num_free`."""
-        return sum(node.page in self._kept for node in nodes)
+        return self.device.num_kept
 
     def num_sole(self, pages: list[int]) -> int:
         """How many of these pages only their holder holds: releasing them makes them free."""
-        return sum(self._refs[page] == 1 for page in pages)
+        return self.device.num_sole(pages)
 
     def pages_for(self, num_tokens: int) -> int:
         """How many pages `num_tokens` tokens occupy."""
         return -(-num_tokens // self.page_size)
 
+    # --- holding pages
+
     def take(self, count: int) -> list[int]:
         """`count` pages with one reference each. The caller has checked `num_free`."""
         assert 0 <= count <= self.num_free, f"take({count}) with {self.num_free} pages free"
-        taken = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
-        for page in taken:
-            self._refs[page] = 1
-        return taken
+        return [self._take_page() for _ in range(count)]
 
-    def _evict(self) -> int:
-        page, _ = self._kept.popitem(last=False)
-        self._forget(page)
-        return page
+    def _take_page(self) -> int:
+        if not self.device.num_blank:
+            self._evict(self.device.oldest)
+        return self.device.take_blank()
 
-    def _forget(self, page: int) -> None:
-        del self._nodes[self._node_of.pop(page).key]
+    def _evict(self, page: int) -> None:
+        """Make a kept page blank; its content goes to host memory unless it is there already or cannot."""
+        node = self.device.node_of[page]
+        if node.host is None and self.host.num_free:
+            host_page = self._take_host_page()
+            self._put(node, host_page, page)
+            self.host.release([host_page])
+        self.device.drop(page)
+        node.page = None
+        if node.host is None:
+            self._forget(node)
+
+    def _take_host_page(self) -> int:
+        """A host page with one reference. What it contained is forgotten unless the device has it, too."""
+        if not self.host.num_blank:
+            node = self.host.drop(self.host.oldest)
+            node.host = None
+            if node.page is None:
+                self._forget(node)
+        return self.host.take_blank()
+
+    def _put(self, node: Node | None, host_page: int, page: int) -> None:
+        """Copy a page into a held host page."""
+        self.copies.append((page, self.num_pages + host_page))
+        if node is not None:
+            node.host = host_page
+            self.host.node_of[host_page] = node
 
     def share(self, pages: Iterable[int]) -> None:
         """One more reference on each of `pages`, held or kept."""
-        for page in pages:
-            assert self._refs[page] > 0 or page in self._kept, f"page {page} is blank and cannot be shared"
-            self._refs[page] += 1
-            self._kept.pop(page, None)
+        self.device.share(pages)
 
     def release(self, pages: list[int]) -> None:
-        """One reference less on each of `pages`, a sequence's in order; those without any become free.
+        """One reference less on each of `pages`, a sequence's in order; those without any become free."""
+        self.device.release(pages)
 
-        The last page of a text is the first to be forgotten: what comes before it is of use to more texts, and
-        of no use are pages whose predecessors are gone.
+    def hold(self, nodes: list[Node], count: int, host_pages: list[int] = (), spare: int = 0) -> list[int] | None:
+        """`count` pages, the first of them with what `nodes` and then `host_pages` contain; None: too few are free.
+
+        host_pages: one of the first pages each, held by the caller, nodes' own first; they are released.
+        spare: how many pages have to be left over.
         """
-        for page in reversed(pages):
-            assert self._refs[page] > 0, f"page {page} released twice"
-            self._refs[page] -= 1
-            if self._refs[page] == 0:
-                if page in self._node_of:
-                    self._kept[page] = None
-                else:
-                    self._blank.append(page)
+        here = [node.page for node in nodes if node.page is not None]
+        missing = count - len(here)
+        if missing + spare > self.num_free - sum(map(self.device.is_kept, here)):
+            return None
+        copies = [node.host for node in nodes if node.host is not None]
+        self.host.share(copies)  # taking pages must not push them out
+        self.device.share(here)
+        new = iter(self.take(missing))
+        pages = [node.page if node.page is not None else next(new) for node in nodes]
+        pages += new
+        for place, page in enumerate(pages):
+            node = nodes[place] if place < len(nodes) else None
+            if node is None and place < len(host_pages):
+                self.copies.append((self.num_pages + host_pages[place], page))
+            elif node is not None and node.page is None:
+                self.copies.append((self.num_pages + node.host, page))
+                self._enter(node, page)
+        self.host.release(copies)
+        self.host.release(list(host_pages))
+        return pages
 
-    # --- prefixes
+    def swap_out(self, pages: list[int], nodes: list[Node]) -> list[int] | None:
+        """Host pages that hold what `pages` contain, whose first are `nodes`; the pages are released. None: no room.
+
+        What host memory has already is not copied again.
+        """
+        there = [node.host for node in nodes if node.host is not None]
+        if len(pages) - len(there) > self.host.num_free - sum(map(self.host.is_kept, there)):
+            return None
+        self.host.share(there)
+        host_pages = []
+        for place, page in enumerate(pages):
+            node = nodes[place] if place < len(nodes) else None
+            if node is not None and node.host is not None:
+                host_pages.append(node.host)
+            else:
+                host_pages.append(self._take_host_page())
+                self._put(node, host_pages[-1], page)
+        self.device.release(pages)
+        return host_pages
+
+    # --- what pages contain
 
     def match(self, token_ids: list[int], salt: str = "") -> list[Node]:
         """The longest remembered start of a text, page by page, short of its last token.
@@ -123,31 +160,48 @@ class PagePool:
     def remember(self, parent: Node | None, salt: str, tokens: tuple[int, ...], page: int) -> Node:
         """Note what a held page contains now that it is full. Returns its node, or the one of another page
         that has the same content already; then this page stays unremembered."""
-        node = Node(parent, salt, tokens, page)
+        node = Node(parent, salt, tokens)
         known = self._nodes.setdefault(node.key, node)
-        if known is node:
-            self._node_of[page] = node
+        if known is node and parent is not None:
+            parent.children.add(node)
+        if known.page is None:  # new, or only in host memory so far
+            self._enter(known, page)
         return known
 
-    def flush(self) -> int:
-        """Forget all content; returns how many kept pages become blank. Held pages stay with their holders."""
-        count = len(self._kept)
-        self._blank += self._kept
-        self._kept.clear()
-        self._nodes.clear()
-        self._node_of.clear()
-        return count
+    def _enter(self, node: Node, page: int) -> None:
+        node.page = page
+        self.device.node_of[page] = node
 
-    def check(self, tables: Iterable[list[int]]) -> None:
-        """Prove the ledger against the page tables of all live sequences. Raises AssertionError."""
-        held = Counter(page for table in tables for page in table)
-        for page, refs in enumerate(self._refs):
-            assert refs == held[page], f"page {page}: {refs} references counted, {held[page]} held"
-        assert len(set(self._blank)) == len(self._blank), "a page is in the free list twice"
-        free = {page for page, refs in enumerate(self._refs) if refs == 0}
-        assert free == set(self._blank) | set(self._kept), "free list and counts differ"
-        assert not set(self._blank) & set(self._kept), "a page is blank and kept"
-        assert set(self._kept) <= set(self._node_of), "a kept page has no content"
-        assert {id(n) for n in self._nodes.values()} == {id(n) for n in self._node_of.values()}
-        for node in self._nodes.values():
+    def _forget(self, node: Node) -> None:
+        """Remove a node that is nowhere any more, and all that follow it: they cannot be found without it."""
+        if node.parent is not None:
+            node.parent.children.discard(node)
+        doomed = [node]
+        while doomed:
+            node = doomed.pop()
+            del self._nodes[node.key]
+            doomed += node.children
+            if node.page is not None:
+                self.device.drop(node.page)
+            if node.host is not None:
+                self.host.drop(node.host)
+            node.page = node.host = None
+
+    def flush(self) -> int:
+        """Forget all content; returns how many kept pages become blank. Held ones stay with their holders."""
+        self._nodes.clear()
+        self.host.drop_all()
+        return self.device.drop_all()
+
+    def check(self, tables: Iterable[list[int]], host_tables: Iterable[list[int]] = ()) -> None:
+        """Prove the ledger against the device and the host pages of all who hold any. Raises AssertionError."""
+        self.device.check(tables, "page")
+        self.host.check(host_tables, "host page")
+        nodes = self._nodes.values()
+        assert {n.page: n for n in nodes if n.page is not None} == self.device.node_of, "pages and nodes differ"
+        assert {n.host: n for n in nodes if n.host is not None} == self.host.node_of, "host pages and nodes differ"
+        for node in nodes:
+            assert node.page is not None or node.host is not None, "a remembered page is nowhere"
             assert node.parent is None or self._nodes.get(node.parent.key) is node.parent, "a page lost its start"
+            assert node.parent is None or node in node.parent.children, "a page is not among its parent's"
+        assert sum(len(n.children) for n in nodes) == sum(n.parent is not None for n in nodes), "a child is lost"

@@ -6,9 +6,10 @@ take part in every step. Whoever gives way keeps its pages, so coming back costs
 Each step gives every running sequence that decodes its one token, then spends what
 is left of `max_step_tokens` on prompts, in the order of the policy. A prompt gets all of its pages
 when it gets its slot, so half-computed prompts cannot starve each other. When a
-growing sequence finds no free page, the last in the policy's order gives up its pages
-and is recomputed later: its tokens, and the noise of its next ones, stay as they are. A more urgent one that
-is to start takes pages from less urgent ones in the same way.
+growing sequence finds no free page, the last in the policy's order gives up its pages and goes on
+later: its tokens, and the noise of its next ones, stay as they are. A more urgent one that
+is to start takes pages from less urgent ones in the same way. What the pages contain is left in host memory where
+that costs less than computing it again (`costs`).
 
 A full page is remembered by its content. A sequence that gets pages shares those whose content it starts with, and
 computes only what follows. The choices of one request wait for the first one's prompt, and then share it.
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 
 from crane.runtime.batch import Batch, Picked, Row
+from crane.runtime.costs import Costs
 from crane.runtime.drafts import MAX_STEP_DRAFTS, Drafter
 from crane.runtime.pages import PagePool
 from crane.runtime.policy import Tenants
@@ -32,7 +34,8 @@ class Scheduler:
 
     def __init__(self, pool: PagePool, *, max_running: int, quantum_tokens: int, max_step_tokens: int,
                  max_model_len: int, prefix_cache: bool = True, drafter: Drafter | None = None,
-                 output_weight: float = 2.0, clock: Callable[[], float] = time.monotonic):
+                 output_weight: float = 2.0, clock: Callable[[], float] = time.monotonic,
+                 costs: Costs | None = None):
         assert max_model_len <= pool.num_pages * pool.page_size, "one sequence may not outgrow the pool"
         self.pool = pool
         self.max_step_tokens = max(max_step_tokens, max_running)
@@ -44,8 +47,11 @@ class Scheduler:
         self.running, self.parked = self.slots.running, self.slots.parked
         self.prefix_cache = prefix_cache
         self.drafter = drafter  # for sequences that have `drafts`
+        self.costs = costs or Costs(page_bytes=0)
         self.num_preemptions = 0
+        self.num_swaps = 0  # preemptions whose pages went to host memory
         self.num_cached_tokens = 0  # prompt tokens that did not have to be computed
+        self.num_host_tokens = 0  # of those: tokens that came from host memory
 
     @property
     def has_work(self) -> bool:
@@ -92,6 +98,7 @@ class Scheduler:
                 count = min(sequence.num_wanted, budget)
                 batch.rows.append(self._row(sequence, count))
                 budget -= count
+        batch.copies, self.pool.copies = self.pool.copies, []
         return batch
 
     def _row(self, sequence: Sequence, count: int) -> Row:
@@ -164,19 +171,23 @@ class Scheduler:
         return False
 
     def _start(self, sequence: Sequence) -> bool:
-        """Pages for the whole past of a sequence without any: those it can share, and new ones; False: too few."""
-        nodes = self.pool.match(sequence.token_ids, sequence.salt) if self._may_share(sequence) else []
-        missing = self.pool.pages_for(len(sequence.token_ids)) - len(nodes)
-        if missing + len(self.running) > self.pool.num_free - self.pool.num_kept_of(nodes):
+        """Pages for the whole past of a sequence without any: those it left in host memory, or those it can share,
+        and new ones; False: too few."""
+        nodes = sequence.nodes
+        if not sequence.host_pages:
+            nodes = self.pool.match(sequence.token_ids, sequence.salt) if self._may_share(sequence) else []
+        from_host = sum(node.page is None for node in nodes)
+        count = self.pool.pages_for(len(sequence.token_ids))
+        pages = self.pool.hold(nodes, count, sequence.host_pages, spare=len(self.running))
+        if pages is None:
             return False
-        shared = [node.page for node in nodes]
-        self.pool.share(shared)
-        sequence.pages = shared + self.pool.take(missing)
-        sequence.nodes = nodes
-        sequence.num_computed = len(nodes) * self.pool.page_size
+        if not sequence.host_pages:
+            sequence.num_computed = len(nodes) * self.pool.page_size
+        sequence.pages, sequence.nodes, sequence.host_pages = pages, nodes, []
         if sequence.admitted_s is None:
             sequence.num_cached = sequence.num_computed
             self.num_cached_tokens += sequence.num_cached
+            self.num_host_tokens += from_host * self.pool.page_size
         return True
 
     def resume(self, sequence: Sequence) -> bool:
@@ -239,15 +250,29 @@ class Scheduler:
         return next(s for s in reversed(self.running) if s.level == level and s not in planned)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take all pages back. The sequence is recomputed as soon as it fits again: first of its lane."""
+        """Take all pages back. The sequence goes on as soon as it fits again: first of its lane."""
         self.num_preemptions += 1
         sequence.num_preemptions += 1
-        self._release(sequence)
+        self._give_up(sequence)
         self.slots.return_first(sequence)
+
+    def _give_up(self, sequence: Sequence) -> None:
+        """Its pages are needed: leave what they contain in host memory if that is worth it and fits, else nowhere."""
+        used = sequence.pages[: self.pool.pages_for(sequence.num_computed)]
+        copied = len(used) - sum(node.host is not None for node in sequence.nodes)
+        if used and self.costs.swaps(copied, sequence.num_computed):
+            copies = self.pool.swap_out(used, sequence.nodes)
+            if copies is not None:
+                self.pool.release(sequence.pages[len(used) :])
+                sequence.pages, sequence.host_pages = [], copies
+                self.num_swaps += 1
+                return
+        self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages = []
+        self.pool.host.release(sequence.host_pages)
+        sequence.pages, sequence.host_pages = [], []
         sequence.nodes = []
         sequence.num_computed = 0
 
@@ -372,7 +397,8 @@ class Scheduler:
         for sequence in live:
             expected = Status.RUNNING if sequence in self.running else Status.QUEUED
             assert sequence.status is expected
-            assert sequence.num_computed <= len(sequence.pages) * self.pool.page_size
+            assert not (sequence.pages and sequence.host_pages), "a sequence is in two places"
+            assert sequence.num_computed <= len(sequence.pages or sequence.host_pages) * self.pool.page_size
             assert bool(sequence.pages) is (sequence not in without)
         self.roster.check(live)
-        self.pool.check(sequence.pages for sequence in live)
+        self.pool.check([s.pages for s in live], [s.host_pages for s in live])

@@ -17,7 +17,7 @@ class Status(enum.Enum):
 class Sequence:
     """Prompt, output and pages of one choice. Written by Scheduler only.
 
-    token_ids: prompt, then output. num_computed: tokens whose K/V are in `pages`.
+    token_ids: prompt, then output. num_computed: tokens whose K/V are in `pages`, or while it has none in `host_pages`.
     A sequence has no phase: it wants `len(token_ids) - num_computed` tokens computed,
     be they a prompt, a recomputed past or the one token sampled last.
     """
@@ -36,6 +36,7 @@ class Sequence:
         self.num_computed = 0
         self.num_preemptions = 0  # how often it gave up its pages
         self.pages: list[int] = []
+        self.host_pages: list[int] = []  # in host memory, which have what it had to give up its pages for
         self.nodes: list = []  # what the first of them contain, as `PagePool` remembers it
         self.salt = request.cache_salt  # texts share pages only with texts of the same salt
         self.num_cached = 0  # prompt tokens found in remembered pages when it first started

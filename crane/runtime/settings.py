@@ -54,7 +54,17 @@ class Settings:
     threads: int = _setting(0, "CPU threads of the engine (0: one per core)", minimum=0)
     page_size: int = _setting(16, "tokens in one KV page", minimum=1)
     prefix_cache: bool = _setting(True, "keep computed prompts for later requests that start the same way")
-    kv_memory: int = _setting(0, "memory for KV pages, e.g. 2g or 500m (0: measured)", minimum=0, kind="bytes")
+    kv_memory: int | float = _setting(
+        0, "memory for KV pages, e.g. 2g or 500m, or 40% or 0.4 of what is free (0: measured)", minimum=0, kind="memory"
+    )
+    host_kv_memory: int | float | None = _setting(
+        None, "host memory for KV pages that had to give way, in the same units (auto: measured; 0: none)",
+        minimum=0, kind="memory",
+    )
+    preemption: str = _setting(
+        "auto", "sequences that give up their pages are copied to host memory, recomputed, or what measures cheaper",
+        choices=("auto", "swap", "recompute"),
+    )
     max_model_len: int = _setting(0, "longest prompt plus output in tokens (0: the model's own)", minimum=0)
     max_step_tokens: int = _setting(512, "tokens computed in one step, at most", minimum=1)
     speculative: str = _setting(
@@ -183,20 +193,31 @@ def parse(spec: dataclasses.Field, text: str, source: str):
         if kind == "bool":
             return {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False,
                     "off": False, "": False}[text.strip().lower()]
-        if kind == "bytes":
+        if kind == "memory" and text.strip().lower() == "auto":
+            return None
+        if kind == "memory" and (share := re.fullmatch(r"(\d+(?:\.\d+)?) ?%|([01]?\.\d+)", text.strip())):
+            return _fraction(float(share[1]) / 100 if share[1] else float(share[2]))
+        if kind in ("bytes", "memory"):
             number, unit = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([bkmgt]?)i?b?", text.strip().lower()).groups()
             return int(float(number) * _UNITS[unit])
         return {"int": int, "float": float, "str": str}[kind](text)
     except (KeyError, AttributeError, ValueError, OverflowError):
-        wanted = {"bool": "0 or 1", "bytes": "a size such as 500m or 2g", "int": "a whole number", "float": "a number"}
+        wanted = {"bool": "0 or 1", "bytes": "a size such as 500m or 2g", "int": "a whole number", "float": "a number",
+                  "memory": "a size such as 500m or 2g, or a part such as 40% or 0.4"}  # fmt: skip
         raise SettingsError(f"{source} must be {wanted[kind]}, got {text!r}") from None
+
+
+def _fraction(value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError(value)
+    return value
 
 
 def _check(spec: dataclasses.Field, value) -> None:
     choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]
     if choices and value not in choices:
         raise SettingsError(f"{variable(spec.name)} must be one of {', '.join(choices)}, got {value!r}")
-    if minimum is not None and not value >= minimum:
+    if minimum is not None and value is not None and not value >= minimum:
         raise SettingsError(f"{variable(spec.name)} must be at least {minimum}, got {value!r}")
     if spec.metadata["maximum"] is not None and not value <= spec.metadata["maximum"]:
         raise SettingsError(f"{variable(spec.name)} must be at most {spec.metadata['maximum']}, got {value!r}")

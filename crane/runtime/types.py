@@ -174,7 +174,7 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
     prefill_s: float = 0.0
     decode_s: float = 0.0
     reasoning_tokens: int = 0  # of completion_tokens: those of the thinking section
-    num_preemptions: int = 0  # how often it gave up its KV pages to be recomputed
+    num_preemptions: int = 0  # how often it had to give up its KV pages
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
@@ -273,12 +273,16 @@ class EngineStats(msgspec.Struct):
     generated_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0  # of preemptions: those whose pages went to host memory
+    host_cached_tokens: int = 0  # of cached_tokens: those that came from host memory
     avg_decode_tokens_per_sec: float = 0.0
     avg_prefill_tokens_per_sec: float = 0.0
     active_sequences: int = 0
     waiting_sequences: int = 0
     num_pages: int = 0
     free_pages: int = 0
+    num_host_pages: int = 0
+    free_host_pages: int = 0
     steps: int = 0
     drafts: int = 0
     drafted_tokens: int = 0

@@ -87,6 +87,7 @@ def test_metrics_are_open_unless_a_setting_says_otherwise(client):
 STATS = (
     "active_sequences", "waiting_sequences", "num_pages", "free_pages", "avg_decode_tokens_per_sec",
     "avg_prefill_tokens_per_sec", "uptime_s", "prompt_tokens", "cached_tokens", "generated_tokens", "preemptions",
+    "swaps", "host_cached_tokens", "num_host_pages", "free_host_pages",
     "total_requests", "aborted_requests", "failed_requests", "steps",
 )  # fmt: skip
 

@@ -63,10 +63,12 @@ def references(tiny):
         {},
         {"max_step_tokens": 8, "max_concurrent": 8},
         {"max_concurrent": 2, "decode_tokens_per_seq": 3},
-        # room for 16 pages: sequences have to be recomputed
-        {"page_size": 4, "kv_memory": 2 * 16 * 2 * 2 * 4 * 64, "max_model_len": 0},
+        # room for 16 pages: sequences have to give way
+        {"page_size": 4, "kv_memory": 2 * 16 * 2 * 2 * 4 * 64, "max_model_len": 0, "preemption": "recompute"},
+        {"page_size": 4, "kv_memory": 2 * 16 * 2 * 2 * 4 * 64, "max_model_len": 0, "preemption": "swap",
+         "host_kv_memory": 1 << 20},
     ],
-    ids=["batched", "chunked", "taking turns", "recomputed"],
+    ids=["batched", "chunked", "taking turns", "recomputed", "swapped"],
 )
 def test_output_is_the_same_alone_and_in_company(tiny, references, kind, settings):
     engine = make_engine(tiny, **settings)
@@ -75,6 +77,8 @@ def test_output_is_the_same_alone_and_in_company(tiny, references, kind, setting
     assert {key: tokens for key, (tokens, _) in got.items()} == references[kind]
     if "kv_memory" in settings:
         assert engine.info.num_pages == 16 and engine.stats().preemptions > 0
+        assert engine.stats().swaps == (engine.stats().preemptions if settings["preemption"] == "swap" else 0)
+        assert engine.stats().free_host_pages == engine.stats().num_host_pages
 
 
 def test_output_is_the_same_after_neighbours_abort(tiny, references):

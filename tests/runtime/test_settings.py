@@ -46,6 +46,22 @@ def test_a_malformed_variable_is_an_error_that_names_it(name, text, words):
 
 
 @pytest.mark.parametrize(
+    "text, value",
+    [("2g", 2 << 30), ("40%", 0.4), ("0.4", 0.4), (".5", 0.5), ("1.0", 1.0), ("100%", 1.0), ("auto", None), ("0", 0)],
+)
+def test_memory_is_a_size_or_a_part_of_what_is_free(text, value):
+    settings = Settings.from_env({"CRANE_HOST_KV_MEMORY": text})
+    assert settings.host_kv_memory == value and type(settings.host_kv_memory) is type(value)
+    assert Settings.from_env(settings.to_env()) == settings
+
+
+@pytest.mark.parametrize("text", ["0.0", "0%", "101%", "1.01", "half", "-1", "1e9g"])
+def test_memory_that_is_neither_is_refused(text):
+    with pytest.raises(SettingsError, match="CRANE_HOST_KV_MEMORY must be a size such as 500m or 2g, or a part"):
+        Settings.from_env({"CRANE_HOST_KV_MEMORY": text})
+
+
+@pytest.mark.parametrize(
     "path, name, served",
     [("/m/Qwen2.5-7B", "", "Qwen2.5-7B"), ("/m/a.Q4_0.gguf", "", "a.Q4_0"), ("/m/x/", "", "x"), ("/m/x", "n/1", "n/1")],
 )

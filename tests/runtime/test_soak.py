@@ -70,12 +70,13 @@ def answers_alone(tiny):
     return found
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_mixed_requests_with_aborts_and_too_few_pages_get_the_answers_they_get_alone(tiny, seed):
+@pytest.mark.parametrize("seed, preemption", [(1, "recompute"), (2, "swap")])
+def test_mixed_requests_with_aborts_and_too_few_pages_get_the_answers_they_get_alone(tiny, seed, preemption):
     expected = answers_alone(tiny)
     # 48 pages of 4 tokens, 2,048 bytes each: about two of the longer requests fit
-    engine, answers, rng = make_engine(tiny, max_concurrent=6, decode_tokens_per_seq=4, max_step_tokens=32,
-                                       kv_memory=48 * 2048), Answers(), random.Random(seed)  # fmt: skip
+    memory = dict(kv_memory=48 * 2048, host_kv_memory=40 * 2048, preemption=preemption)
+    engine = make_engine(tiny, max_concurrent=6, decode_tokens_per_seq=4, max_step_tokens=32, **memory)
+    answers, rng = Answers(), random.Random(seed)
     kinds, aborted, idle = {}, set(), 0
     while len(kinds) < NUM_REQUESTS or engine.has_work:
         if len(kinds) < NUM_REQUESTS and engine.stats().waiting_sequences < 20 and rng.random() < 0.5:
@@ -92,7 +93,9 @@ def test_mixed_requests_with_aborts_and_too_few_pages_get_the_answers_they_get_a
         assert idle < MAX_IDLE_STEPS, "the engine has work and does nothing"
         answers.take(outputs)
         engine.scheduler.check()
-    assert engine.stats().preemptions > 0 and engine.stats().cached_tokens > 0
+    assert engine.stats().preemptions > 0 and engine.stats().host_cached_tokens > 0
+    assert (engine.stats().swaps > 0) == (preemption == "swap")
+    assert engine.stats().free_host_pages == engine.stats().num_host_pages == 40
     assert engine.scheduler.pool.num_free == engine.info.num_pages
     for rid, kind in kinds.items():
         if rid in aborted:

@@ -1,0 +1,192 @@
+"""Scheduler and page pool with host memory: no model, no tensors, but a memory whose contents are checked.
+
+A token's K/V is stood for by the text up to it. Whoever reads a position that does not have it has been given
+a page that was copied wrongly, too late, or not at all.
+"""
+
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from crane.runtime.batch import Picked
+from crane.runtime.costs import Costs
+from crane.runtime.pages import PagePool
+from crane.runtime.scheduler import Scheduler
+from crane.runtime.sequence import Sequence
+from crane.runtime.types import Generate, SamplingParams
+
+SIZE = 4
+
+
+class Memory:
+    """Places of `SIZE` tokens each, as the runner and the host copies see them."""
+
+    def __init__(self, pool):
+        self.places = [[None] * SIZE for _ in range(pool.num_pages + pool.host.size)]
+
+    def apply(self, copies):
+        for source, target in copies:
+            self.places[target] = list(self.places[source])
+
+    def compute(self, row):
+        """Read everything before the row, write the row."""
+        sequence = row.sequence
+        for position in range(row.start + row.count):
+            page, offset = sequence.pages[position // SIZE], position % SIZE
+            text = tuple(sequence.token_ids[: position + 1])
+            if position >= row.start:
+                self.places[page][offset] = text
+            assert self.places[page][offset] == text, f"{sequence.rid}: position {position} is not in its page"
+
+
+def token_for(sequence):
+    """A scripted model: the next token depends on everything before it."""
+    return hash((sequence.index, *sequence.token_ids)) % 50
+
+
+def make(num_pages=8, num_host_pages=8, policy="swap", **options):
+    chosen = dict(max_running=3, quantum_tokens=2, max_step_tokens=8, max_model_len=num_pages * SIZE) | options
+    pool = PagePool(num_pages, SIZE, num_host_pages)
+    return Scheduler(pool, costs=Costs(1, policy), **chosen), Memory(pool)
+
+
+def add(scheduler, rid, tokens, max_tokens, n=1, salt=""):
+    request = Generate(rid, list(tokens), SamplingParams(n=n, max_tokens=max_tokens), cache_salt=salt)
+    sequences = [Sequence(request, index, 0, frozenset()) for index in range(n)]
+    for sequence in sequences:
+        sequence.leader = sequences[0] if sequence is not sequences[0] else None
+        scheduler.enqueue(sequence)
+    return sequences
+
+
+def step(scheduler, memory):
+    batch = scheduler.plan()
+    memory.apply(batch.copies)
+    for row in batch.rows:
+        memory.compute(row)
+    outputs = scheduler.commit(batch, [Picked(token_for(row.sequence) if row.samples else None) for row in batch.rows])
+    scheduler.check()
+    return batch, outputs
+
+
+def drain(scheduler, memory):
+    computed = 0
+    for _ in range(10_000):
+        if not scheduler.has_work:
+            return computed
+        batch, _ = step(scheduler, memory)
+        assert batch.rows, "there is work, but the step is empty"
+        computed += batch.num_tokens
+    raise AssertionError("the scheduler does not come to an end")
+
+
+def test_swapped_sequences_go_on_where_they_were_and_nothing_is_computed_twice():
+    scheduler, memory = make(num_pages=8, num_host_pages=32)
+    sequences = [add(scheduler, rid, [i] * 6, 20)[0] for i, rid in enumerate("abcd")]
+    # every token but the last one is computed once
+    assert drain(scheduler, memory) == 4 * (6 + 20 - 1)
+    assert scheduler.num_swaps > 0 and scheduler.num_swaps == scheduler.num_preemptions
+    assert [s.num_output for s in sequences] == [20] * 4
+    assert scheduler.pool.host.num_free == 32
+
+
+def test_what_does_not_fit_into_host_memory_is_recomputed():
+    scheduler, memory = make(num_pages=8, num_host_pages=1, prefix_cache=False)
+    for i, rid in enumerate("abcd"):
+        add(scheduler, rid, [i] * 6, 20)
+    assert drain(scheduler, memory) > 4 * (6 + 20 - 1)
+    assert scheduler.num_preemptions > scheduler.num_swaps
+
+
+def test_a_prefix_that_had_to_give_way_is_not_computed_again():
+    scheduler, memory = make(num_pages=8, num_host_pages=8)
+    first = list(range(100, 117))
+    add(scheduler, "a", first, 1), drain(scheduler, memory)
+    add(scheduler, "b", range(200, 230), 1), drain(scheduler, memory)
+    assert all(node.page is None for node in scheduler.pool.match(first))
+    (again,) = add(scheduler, "c", first, 1)
+    assert drain(scheduler, memory) == 1
+    assert (again.num_cached, scheduler.num_host_tokens) == (16, 16)
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_swapped_sequence_that_is_aborted_returns_its_slots(prefix_cache):
+    scheduler, memory = make(num_pages=8, num_host_pages=32, prefix_cache=prefix_cache)
+    for i, rid in enumerate("abcd"):
+        add(scheduler, rid, [i] * 6, 20)
+    while not (swapped := [s for s in scheduler.find(None) if s.host_pages]):
+        step(scheduler, memory)
+    scheduler.end(swapped, "abort")
+    scheduler.check()
+    drain(scheduler, memory)
+    assert scheduler.pool.host.num_free == 32 and scheduler.pool.num_free == 8
+
+
+def test_the_measured_rates_decide_between_copying_and_computing():
+    costs = Costs(page_bytes=1000, copy_bytes_s=1e6)
+    assert costs.swaps(10, 160), "nothing is known of computing yet"
+    costs.computed(1000, 1.0)  # 0.16 s for 160 tokens, against 0.02 s for 10 pages out and in
+    assert costs.swaps(10, 160) and not costs.swaps(100, 160)
+    for _ in range(100):
+        costs.computed(100_000, 1.0)
+    assert not costs.swaps(10, 160)
+    for _ in range(100):
+        costs.copied(1000, 0.01)
+    assert costs.swaps(10, 160)
+    assert not Costs(1000, "recompute", 1e12).swaps(1, 10**6) and Costs(1000, "swap", 1.0).swaps(10**6, 1)
+
+
+class SwappingMachine(RuleBasedStateMachine):
+    """Random requests on a scheduler with too few pages and a little host memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    @initialize(slots=st.integers(0, 12), cache=st.booleans(), policy=st.sampled_from(["swap", "recompute", "mixed"]))
+    def start(self, slots, cache, policy):
+        self.scheduler, self.memory = make(8, slots, "swap" if policy == "mixed" else policy, prefix_cache=cache)
+        if policy == "mixed":
+            toss = random.Random(slots)
+            self.scheduler.costs.swaps = lambda pages, tokens: toss.random() < 0.5
+
+    @rule(start=st.integers(0, 2), length=st.integers(1, 20), output=st.integers(1, 11), n=st.integers(1, 3),
+          salt=st.sampled_from(["", "", "x"]))
+    @precondition(lambda self: len(self.scheduler.find(None)) < 12)
+    def submit(self, start, length, output, n, salt):
+        self.count += 1
+        add(self.scheduler, f"r{self.count}", [start, *range(length)], output, n, salt)
+
+    @rule(count=st.integers(1, 6))
+    def steps(self, count):
+        for _ in range(count):
+            batch, _ = step(self.scheduler, self.memory)
+            assert batch.rows or not self.scheduler.has_work
+
+    @rule(place=st.integers(0, 11))
+    @precondition(lambda self: self.scheduler.has_work)
+    def abort(self, place):
+        live = self.scheduler.find(None)
+        self.scheduler.end([live[place % len(live)]], "abort")
+
+    @rule()
+    def flush(self):
+        self.scheduler.flush()
+
+    @invariant()
+    def ledger_is_sound(self):
+        if self.count:
+            self.scheduler.check()
+
+    def teardown(self):
+        if self.count:
+            drain(self.scheduler, self.memory)
+            pool = self.scheduler.pool
+            assert (pool.num_free, pool.host.num_free) == (8, pool.host.size)
+
+
+TestSwappingMachine = SwappingMachine.TestCase
+TestSwappingMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
