@@ -9,6 +9,7 @@ from crane.api.auth import Keys, load_keys
 from crane.errors import SettingsError
 from crane.runtime import launch
 from crane.runtime.settings import Settings
+from crane.runtime.types import EngineStats
 from tests.api.harness import speak
 
 KEYED = Settings(api_key="sk-first, sk-second")
@@ -77,19 +78,11 @@ def test_probes_and_preflights_are_open(client):
 
 
 def test_metrics_are_open_unless_a_setting_says_otherwise(client):
-    answer = {"stats": dict.fromkeys(STATS, 0), "finished": {}, "histograms": {}}
+    answer = {"stats": dict.fromkeys(EngineStats.__struct_fields__, 0), "finished": {}, "histograms": {}}
     assert client(settings=KEYED, answer=answer).get("/metrics").status == 200
     locked = client(settings=dataclasses.replace(KEYED, metrics_key=True), answer=answer)
     assert locked.get("/metrics").status == 401
     assert locked.get("/metrics", headers=BEARER).status == 200
-
-
-STATS = (
-    "active_sequences", "waiting_sequences", "num_pages", "free_pages", "avg_decode_tokens_per_sec",
-    "avg_prefill_tokens_per_sec", "uptime_s", "prompt_tokens", "cached_tokens", "generated_tokens", "preemptions",
-    "swaps", "host_cached_tokens", "num_host_pages", "free_host_pages",
-    "total_requests", "aborted_requests", "failed_requests", "steps",
-)  # fmt: skip
 
 
 def test_without_keys_nothing_is_asked_for(client, model):
