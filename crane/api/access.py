@@ -1,10 +1,19 @@
-"""The access log: one line per request, without anything a client said but the path."""
+"""What is kept about a request while it is answered, and written down when it is over: one line in the access log,
+one of JSON in the audit log, and its tenant's account. Nothing a client said is in them but the path.
+"""
 
+import datetime
 import logging
+import logging.handlers
 import time
 import urllib.parse
 
+import msgspec
+
 from crane.api.endpoint import Generation
+from crane.api.rate_limits import Lease, Meter
+from crane.api.tenancy import Tenant
+from crane.errors import SettingsError
 from crane.runtime.types import Output
 
 log = logging.getLogger("crane.access")
@@ -14,10 +23,20 @@ class Access:
     """What the log will say of one request. Written by the driver that answers it.
 
     Times are counted from when the application got the request: its headers under ASGI, all of it under
-    gunicorn's threads.
+    gunicorn's threads. log, audit: whether there is to be a line, and where one of JSON goes. client: its address.
+    isolate: whether its tenant shares no computed prefixes with others. tenant, meter, lease: set by `auth.Gate`.
     """
 
-    def __init__(self, method: str, path: str):
+    def __init__(self, method: str, path: str, client: str = "", *, logs: bool = True, audit: "AuditLog | None" = None,
+                 isolate: bool = False):
+        self.tenant: Tenant | None = None
+        self.meter: Meter | None = None
+        self.lease: Lease | None = None
+        self.watches = logs or audit is not None
+        self._logs = logs
+        self._audit = audit
+        self._client = client
+        self._isolate = isolate
         self._method = method
         # a path may hold anything, also line breaks
         self._path = urllib.parse.quote(path[:200], safe="/:@!$&'()*+,;=~")
@@ -32,9 +51,17 @@ class Access:
         self.request_id = "-"
 
     def begins(self, generation: Generation) -> None:
-        """The engine is asked for this."""
+        """The engine is about to be asked for this. Raises EngineError when it is more than the tenant has left."""
         self._generation = generation
         self._num_prompt = sum(len(request.prompt_ids) for request in generation.requests)
+        if self.lease is not None:
+            most = sum(each.sampling.n * each.sampling.max_tokens for each in generation.requests)
+            self.lease.reserve(self._num_prompt + most)
+        if self._isolate and self.tenant is not None:
+            salt = self.tenant.id
+            generation.requests[:] = [
+                msgspec.structs.replace(each, cache_salt=f"{salt} {each.cache_salt}") for each in generation.requests
+            ]
 
     def got(self, outputs: list[Output]) -> None:
         """The engine gave this."""
@@ -48,10 +75,37 @@ class Access:
         self._num_bytes += size
 
     def ends(self) -> None:
-        """Write the line, once."""
+        """Settle the account and write the lines, once."""
         if self._over:
             return
         self._over = True
+        if self.lease is not None:
+            asked = self._generation is not None and self.lease.reserved
+            self.lease.end(self._num_prompt + self._num_completion if asked else 0)
+        if self._audit is not None:
+            self._audit.add(self._record())
+        if self._logs:
+            self._write_line()
+
+    def _record(self) -> dict:
+        record = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            "request_id": self.request_id,
+            "client": self._client,
+            "key": self.tenant and self.tenant.name,
+            "method": self._method,
+            "path": self._path,
+            "status": self.status,
+            "bytes": self._num_bytes,
+            "ms": round(1000 * (time.perf_counter() - self._started_s), 1),
+            "first_ms": self._first_s and round(1000 * self._first_s, 1),
+        }
+        if self._generation is not None:
+            record |= {"prompt_tokens": self._num_prompt, "completion_tokens": self._num_completion,
+                       "cut": not self._generation.finished}  # fmt: skip
+        return record
+
+    def _write_line(self) -> None:
         elapsed_s = time.perf_counter() - self._started_s
         words = [self._method, self._path, str(self.status), f"bytes={self._num_bytes}", f"ms={1000 * elapsed_s:.1f}"]
         if self._first_s is not None:
@@ -60,7 +114,35 @@ class Access:
             words.append(f"prompt_tokens={self._num_prompt} completion_tokens={self._num_completion}")
             if not self._generation.finished:
                 words.append("cut")  # the client left, or the engine was lost
+        if self.tenant is not None:
+            words.append(f"key={self.tenant.name}")
         log.info("%s id=%s", " ".join(words), self.request_id)
+
+
+class AuditLog:
+    """A file that gets a line of JSON per request; workers share it, and it may be moved away at any time."""
+
+    def __init__(self, path: str):
+        """Raises SettingsError when it cannot be written."""
+        try:
+            self._handler = _AuditHandler(path)
+        except OSError as error:
+            raise SettingsError(f"CRANE_AUDIT_LOG: cannot write {path}: {error.strerror}") from None
+
+    def add(self, record: dict) -> None:
+        """A full disk loses lines, not requests."""
+        line = msgspec.json.encode(record).decode()
+        self._handler.handle(logging.LogRecord("crane.audit", logging.INFO, "", 0, line, None, None))
+
+
+class _AuditHandler(logging.handlers.WatchedFileHandler):
+    def handleError(self, record) -> None:
+        log.error("the audit log cannot be written", exc_info=True)
+
+
+def access_of(req) -> Access:
+    """That of a falcon request, WSGI or ASGI."""
+    return (req.env if isinstance(getattr(req, "env", None), dict) else req.scope)["crane.access"]
 
 
 def watch_send(access: Access, send):

@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import falcon
 import falcon.asgi
@@ -16,15 +16,17 @@ import falcon.asgi
 from crane.api import (
     admin, completions, embeddings, messages, metrics, openai, openapi, responses, score, sglang, tokens,
 )  # fmt: skip
-from crane.api.access import Access, WatchedBody, watch_send, watch_start
+from crane.api.access import Access, AuditLog, WatchedBody, watch_send, watch_start
 from crane.api.access import log as access_log
 from crane.api.auth import Gate, Keys, load_keys
 from crane.api.drivers import AsgiResource, Tether, WsgiResource, put, put_error
 from crane.api.endpoint import Context, Endpoint
 from crane.api.errors import http_error_reply, not_ready
+from crane.api.rate_limits import Meters
 from crane.api.served import ServedModel
 from crane.errors import CraneError, ModelError
 from crane.runtime.client import Link, LinkThread
+from crane.runtime.launch import own_arbiter
 from crane.runtime.settings import Settings
 from crane.runtime.types import State
 
@@ -58,10 +60,16 @@ class Site:
     model: ServedModel | None = None
     link: Link | LinkThread | None = None
     model_error: ModelError | None = None
+    audit: AuditLog | None = None
+    meters: Meters = field(default_factory=lambda: Meters(own_arbiter()))
 
     @property
     def logs_access(self) -> bool:
         return self.settings.access_log and access_log.isEnabledFor(logging.INFO)
+
+    def access(self, method: str, path: str, client: str) -> Access:
+        """For one request."""
+        return Access(method, path, client, logs=self.logs_access, audit=self.audit, isolate=self.settings.isolate_keys)
 
     def context(self, needs: str) -> Context:
         """For one request of an endpoint with `needs`. Raises EngineError when they are not met."""
@@ -100,9 +108,8 @@ class App:
             self._warned = True
             log.warning("one request at a time: this worker needs -k asgi, or -k gthread with --threads")
         site = self.start_blocking()
-        access = first["crane.access"] = Access(first["REQUEST_METHOD"], first.get("PATH_INFO", ""))
-        if not site.logs_access:
-            return self._wsgi(first, second)
+        client = first.get("REMOTE_ADDR", "")
+        access = first["crane.access"] = site.access(first["REQUEST_METHOD"], first.get("PATH_INFO", ""), client)
         return WatchedBody(access, self._wsgi(first, watch_start(access, second)))
 
     @property
@@ -142,6 +149,7 @@ class App:
     def _open_site(self) -> Site:
         settings = self.settings
         site = Site(settings, load_keys(settings), _cors(settings))
+        site.audit = AuditLog(settings.audit_log) if settings.audit_log else None
         try:
             site.model = self._given_model or ServedModel.load(settings)
         except ModelError as error:
@@ -170,14 +178,13 @@ class App:
         if not self._started_here():
             await self.start()
         tether = scope["crane.tether"] = Tether(receive)
-        access = scope["crane.access"] = Access(scope["method"], scope["path"])
-        logs = self._site.logs_access
+        client = (scope.get("client") or ("",))[0]
+        access = scope["crane.access"] = self._site.access(scope["method"], scope["path"], client)
         try:
-            await self._asgi(scope, _eager(receive), watch_send(access, send) if logs else send)
+            await self._asgi(scope, _eager(receive), watch_send(access, send) if access.watches else send)
         finally:
             tether.release()
-            if logs:
-                access.ends()
+            access.ends()
 
     async def _lifespan(self, receive, send) -> None:
         while True:

@@ -1,30 +1,17 @@
 """API keys: where they come from, and the gate in front of every endpoint."""
 
-import hashlib
-import hmac
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
+from crane.api.access import access_of
 from crane.api.drivers import put_error
-from crane.errors import RequestError, SettingsError
+from crane.api.tenancy import Keys, parse_keys
+from crane.errors import EngineError, RequestError, SettingsError
 from crane.runtime.settings import Settings, variable
 
 # what tells a load balancer whether to send requests here must not need one of its secrets
 OPEN_PATHS = frozenset(("/health", "/health_generate", "/ready", "/ping"))
-_KEY = re.compile(r"[!-+\--~]+")  # printable ASCII, as a header can carry it, without the comma
-
-
-class Keys:
-    """A set of keys that can only be compared with, in the same time whatever is given."""
-
-    def __init__(self, keys: Iterable[str]):
-        self._digests = [_digest(key) for key in keys]
-
-    def have(self, given: str) -> bool:
-        """Whether `given` is one of them. Looks at all of them in every case."""
-        digest = _digest(given)
-        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+# a request with a body is one that rate limits count
+COUNTED = frozenset(("POST", "PUT"))
 
 
 def load_keys(settings: Settings) -> Keys | None:
@@ -35,7 +22,7 @@ def load_keys(settings: Settings) -> Keys | None:
     """
     keys = []
     if settings.api_key:
-        keys += _checked(settings.api_key.split(","), variable("api_key"))
+        keys += parse_keys(settings.api_key.split(","), variable("api_key"))
     if settings.api_key_file:
         name = variable("api_key_file")
         try:
@@ -43,7 +30,7 @@ def load_keys(settings: Settings) -> Keys | None:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise SettingsError(f"{name}: cannot read {settings.api_key_file}: {reason}") from None
-        keys += _checked((line for line in lines if not line.startswith("#")), settings.api_key_file)
+        keys += parse_keys((line for line in lines if not line.startswith("#")), settings.api_key_file)
     return Keys(keys) if keys else None
 
 
@@ -55,7 +42,8 @@ def needs_key(path: str, settings: Settings) -> bool:
 
 
 class Gate:
-    """falcon middleware: without a key, where keys are asked for, a request ends here with a 401.
+    """falcon middleware: without a key, where keys are asked for, a request ends here with a 401; with one whose
+    limits are reached, with a 429.
 
     The path is known, the body is not read yet. Preflights (OPTIONS) cannot carry a key and pass.
     """
@@ -68,15 +56,36 @@ class Gate:
         if req.method == "OPTIONS" or not needs_key(resource.path, site.settings):
             return
         given = _given(req)
-        if any([site.keys.have(key) for key in given]):
+        tenant = next((found for found in [site.keys.find(key) for key in given] if found), None)
+        if tenant is None:
+            what = "the API key is not valid" if given else "an API key is needed: send Authorization: Bearer KEY"
+            _end(req, resp, resource, RequestError(what, code="invalid_api_key", status=401))
             return
-        what = "the API key is not valid" if given else "an API key is needed: send Authorization: Bearer KEY"
-        error = RequestError(what, code="invalid_api_key", status=401)
-        put_error(resp, error, resource.error_reply(req.method))
-        resp.complete = True
+        req.context.tenant = tenant.id
+        access = access_of(req)
+        access.tenant = tenant
+        access.meter = site.meters.of(tenant)
+        if access.meter is not None and req.method in COUNTED:
+            try:
+                access.lease = access.meter.admit()
+            except EngineError as error:
+                _end(req, resp, resource, error)
 
     async def process_resource_async(self, req, resp, resource, params) -> None:
         self.process_resource(req, resp, resource, params)
+
+    def process_response(self, req, resp, resource, req_succeeded: bool) -> None:
+        meter = access_of(req).meter
+        if meter is not None:
+            resp.set_headers(meter.headers())
+
+    async def process_response_async(self, req, resp, resource, req_succeeded: bool) -> None:
+        self.process_response(req, resp, resource, req_succeeded)
+
+
+def _end(req, resp, resource, error: Exception) -> None:
+    put_error(resp, error, resource.error_reply(req.method))
+    resp.complete = True
 
 
 def _given(req) -> list[str]:
@@ -84,17 +93,3 @@ def _given(req) -> list[str]:
     scheme, _, token = (req.get_header("authorization") or "").partition(" ")
     found = [token.strip() if scheme.lower() == "bearer" else "", (req.get_header("x-api-key") or "").strip()]
     return [key for key in found if key]
-
-
-def _checked(texts: Iterable[str], source: str) -> list[str]:
-    keys = [text.strip() for text in texts if text.strip()]
-    if not keys:
-        raise SettingsError(f"{source} holds no API key")
-    for number, key in enumerate(keys, 1):
-        if not _KEY.fullmatch(key):
-            raise SettingsError(f"{source}: key {number} has characters other than printable ASCII without , and space")
-    return keys
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

@@ -13,6 +13,7 @@ from crane.runtime.types import State
 _UNAVAILABLE = (503, "server_error", "engine_unavailable")
 _ENGINE = {
     "queue_full": (429, "rate_limit_error", "rate_limit_exceeded"),
+    "rate_limited": (429, "rate_limit_error", "rate_limit_exceeded"),
     "loading": _UNAVAILABLE,
     "draining": _UNAVAILABLE,
     "lost": _UNAVAILABLE,

@@ -19,7 +19,7 @@ class ServedModel:
 
     architectures: as config.json names them, or a GGUF file its one.
     created: Unix time of the checkpoint, the same in every worker. special_text: finds
-    special tokens spelled out in a text; None when the tokenizer has none.
+    special tokens spelled out in a text; None when the tokenizer has none, or users may write them.
     """
 
     name: str
@@ -46,7 +46,7 @@ class ServedModel:
             defaults=load_generation_defaults(checkpoint),
             tokenizer=tokenizer,
             template=load_chat_template(checkpoint, tokenizer, config.model_type),
-            special_text=_special_text(tokenizer),
+            special_text=None if settings.user_special_tokens else _special_text(tokenizer),
             architectures=_architectures(checkpoint),
         )
 

@@ -42,7 +42,8 @@ EXIT_HALT = 3
 # Settings that the engine does not look at: changing them needs no other engine.
 API_SETTINGS = frozenset(
     ("model_name", "reasoning_field", "host", "port", "workers", "engine_socket", "response_store", "api_key",
-     "api_key_file", "metrics_key", "cors_origins", "access_log", "worker_swap", "log_level",
+     "api_key_file", "isolate_keys", "user_special_tokens", "metrics_key", "cors_origins", "access_log", "audit_log",
+     "worker_swap", "log_level",
      "max_body", "max_prompt_chars", "max_messages", "max_tools", "max_n", "max_logprobs", "max_stop", "max_stop_chars",
      "max_logit_bias", "max_schema", "max_connections", "header_timeout_s", "body_timeout_s", "write_timeout_s")
 )  # fmt: skip
@@ -303,7 +304,7 @@ def _answers(path: Path) -> bool:
 def claim(what: str, arbiter_pid: int) -> bool:
     """True for the first process under this arbiter that asks for `what`: for things to do or say once."""
     try:
-        os.close(os.open(_claim_path(what, arbiter_pid), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        os.close(os.open(note_path(what, arbiter_pid), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         return False
     return True
@@ -311,10 +312,11 @@ def claim(what: str, arbiter_pid: int) -> bool:
 
 def claimed(what: str, arbiter_pid: int) -> bool:
     """Whether a process under this arbiter has claimed `what`."""
-    return _claim_path(what, arbiter_pid).exists()
+    return note_path(what, arbiter_pid).exists()
 
 
-def _claim_path(what: str, arbiter_pid: int) -> Path:
+def note_path(what: str, arbiter_pid: int) -> Path:
+    """A file in the run folder for this arbiter's processes, removed when it is gone."""
     return run_dir() / f"{arbiter_pid}-{process_start(arbiter_pid)}.{what}"
 
 

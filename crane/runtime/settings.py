@@ -112,10 +112,17 @@ class Settings:
     api_key: str = _setting(
         "", "keys, separated by commas, of which clients must send one (in a file: --api-key-file)", secret=True
     )
-    api_key_file: str = _setting("", "file of such keys, one a line; SIGHUP reads it again")
+    api_key_file: str = _setting(
+        "", "file of such keys, one a line, with names and limits: KEY name=... rpm=... tpm=... concurrent=..."
+    )
+    isolate_keys: bool = _setting(True, "share no computed prefixes between the keys of different names")
+    user_special_tokens: bool = _setting(
+        False, "let special tokens that users and tools spell out in messages act as such, instead of being text"
+    )
     metrics_key: bool = _setting(False, "ask for a key at /metrics, too")
     cors_origins: str = _setting("", "web origins whose pages may call the API, separated by commas, or * for all")
     access_log: bool = _setting(True, "log a line per request")
+    audit_log: str = _setting("", "file to which a line of JSON is added per request")
     worker_swap: bool = _setting(True, "let plain `gunicorn crane.api:app` use the asgi worker")
     log_level: str = _setting("info", "log level of every process", choices=("debug", "info", "warning", "error"))
 

@@ -14,7 +14,7 @@ from tests.api.harness import INFO, NEVER, Client, speak
 
 LINE = re.compile(
     r"POST /v1/completions 200 bytes=(\d+) ms=([\d.]+) first_ms=([\d.]+) prompt_tokens=(\d+) completion_tokens=(\d+)"
-    r"( cut)? id=(\S+)"
+    r"( cut)?(?: key=\S+)? id=(\S+)"
 )
 
 
