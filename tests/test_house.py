@@ -30,7 +30,8 @@ TORCH_FREE = [
     "crane.models.files", "crane.models.config", "crane.models.tokenizer", "crane.models.chat",
     "crane.runtime.types", "crane.runtime.settings", "crane.runtime.wire", "crane.runtime.client", "crane.runtime.text",
     "crane.runtime.scheduler", "crane.runtime.sequence", "crane.runtime.pages", "crane.runtime.batch",
-    "crane.runtime.policy", "crane.runtime.slots", "crane.runtime.roster", "crane.runtime.drafts",
+    "crane.runtime.policy", "crane.runtime.slots", "crane.runtime.roster", "crane.runtime.forecast",
+    "crane.runtime.drafts",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "gguf", "safetensors", "triton")
 

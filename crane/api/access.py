@@ -12,7 +12,7 @@ import msgspec
 
 from crane.api.endpoint import Generation
 from crane.api.rate_limits import Lease, Meter
-from crane.api.tenancy import Tenant
+from crane.api.tenancy import Tenant, isolated
 from crane.errors import SettingsError
 from crane.runtime.types import Output
 
@@ -58,10 +58,7 @@ class Access:
             most = sum(each.sampling.n * each.sampling.max_tokens for each in generation.requests)
             self.lease.reserve(self._num_prompt + most)
         if self._isolate and self.tenant is not None:
-            salt = self.tenant.id
-            generation.requests[:] = [
-                msgspec.structs.replace(each, cache_salt=f"{salt} {each.cache_salt}") for each in generation.requests
-            ]
+            generation.requests[:] = isolated(generation.requests, self.tenant.id)
 
     def got(self, outputs: list[Output]) -> None:
         """The engine gave this."""

@@ -14,7 +14,7 @@ import falcon
 import falcon.asgi
 
 from crane.api import (
-    admin, completions, embeddings, messages, metrics, openai, openapi, responses, score, sglang, tokens,
+    admin, completions, embeddings, messages, metrics, openai, openapi, plan, responses, score, sglang, tokens,
 )  # fmt: skip
 from crane.api.access import Access, AuditLog, WatchedBody, watch_send, watch_start
 from crane.api.access import log as access_log
@@ -39,6 +39,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *messages.ENDPOINTS,
     *responses.ENDPOINTS,
     *sglang.ENDPOINTS,
+    *plan.ENDPOINTS,
     *admin.ENDPOINTS,
     *metrics.ENDPOINTS,
 )
@@ -71,13 +72,13 @@ class Site:
         """For one request."""
         return Access(method, path, client, logs=self.logs_access, audit=self.audit, isolate=self.settings.isolate_keys)
 
-    def context(self, needs: str) -> Context:
+    def context(self, needs: str, tenant: str = "") -> Context:
         """For one request of an endpoint with `needs`. Raises EngineError when they are not met."""
         state = self.link.state if self.model_error is None else State("failed", reason=str(self.model_error))
         wanted = {"engine": ("ready",), "link": ("ready", "draining")}.get(needs)
         if wanted and state.status not in wanted or needs == "model" and self.model is None:
             raise not_ready(state)
-        return Context(self.settings, self.model, state)
+        return Context(self.settings, self.model, state, tenant)
 
 
 class App:

@@ -12,12 +12,12 @@ import msgspec
 
 from crane.api import sse
 from crane.api.bodies import ChatBody
-from crane.api.chat_parser import ChatEvent, ChatParser, Content, ToolArguments, ToolStart
+from crane.api.chat_parser import CUT, ChatEvent, ChatParser, Content, ToolArguments, ToolStart
 from crane.api.chat_prompt import PreparedChat, prepare_chat
 from crane.api.endpoint import Context
 from crane.api.generation import BaseGeneration, Choice, Prompt
 from crane.api.sampling import fit, sampling_params
-from crane.errors import RequestError
+from crane.errors import EngineError, RequestError
 from crane.runtime.types import Output, TokenLogprob
 
 
@@ -65,13 +65,13 @@ class BlockGeneration(BaseGeneration):
             self.stop = delta.stop
             self._close(choice)
             if self._open is not None:
-                self._open.cut |= choice.finish_reason == "length"
+                self._open.cut |= choice.finish_reason in CUT
                 frames.append(self._shut())
         return b"".join(frames)
 
-    def _fail(self, message: str) -> bytes:
-        super()._fail(message)
-        return self.broken(self.failed) if self.stream else b""
+    def _end_with(self, error: EngineError) -> bytes:
+        super()._end_with(error)
+        return self.broken(error) if self.stream else b""
 
     def _take(self, event: ChatEvent) -> bytes:
         kind = "text" if isinstance(event, Content) else "reasoning"

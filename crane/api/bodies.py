@@ -41,11 +41,25 @@ TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
 NumChoices = Annotated[int, Meta(ge=1, le=1024)]
 NumTop = Annotated[int, Meta(ge=0, le=1000)]
 StopText = Annotated[str, Meta(min_length=1)]
+Priority = Annotated[int, Meta(ge=-1000, le=1000)]
+TimeLimit = Annotated[float, Meta(gt=0, le=86_400)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A JSON object without unknown fields."""
+
+
+class QueuedBody(Body):
+    """A body that becomes work for the engine.
+
+    priority: its class, 0 without one. Lower values run first, as in vLLM, unless --priority-order is
+    highest-first, as in SGLang. timeout_s: so long after its arrival it ends, wherever it is then: with
+    finish_reason "timeout" and the tokens that there are, or with an error (504, code "timeout") when there are none.
+    """
+
+    priority: Priority | None = None
+    timeout_s: TimeLimit | None = None
 
 
 class StreamOptions(Body):
@@ -83,7 +97,7 @@ class StructuredOutputs(Body):
     json_object: bool | None = None
 
 
-class GenerateBody(Body):
+class GenerateBody(QueuedBody):
     """What /v1/chat/completions and /v1/completions have in common."""
 
     model: str | None = None

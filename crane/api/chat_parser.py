@@ -15,6 +15,7 @@ from crane.api.tool_text import JsonFollower, parameter_value, plain_arguments, 
 
 THINK, END_THINK = "<think>", "</think>"
 _CLOSERS = {"<tool_call>": "</tool_call>", "<tool_calls>": "</tool_calls>", "<function=": "</tool_call>"}
+CUT = ("length", "timeout")  # finish reasons of answers that are not whole
 _ANSWER_TAGS = ("<answer>", "</answer>")
 _STRAY = ("</tool_call>", "</tool_calls>")  # without the tag that opens: to be left out
 MARKUP = (THINK, END_THINK, *_ANSWER_TAGS, *_CLOSERS, *_CLOSERS.values())
@@ -168,7 +169,7 @@ class ChatParser:
     def finish(self, finish_reason: str) -> tuple[list[ChatEvent], str]:
         """The last events, and the reason the answer ended for: "tool_calls" when it has calls,
         unless it was cut or fell apart inside one; that call stays incomplete."""
-        self._last, self._cut = True, finish_reason == "length"
+        self._last, self._cut = True, finish_reason in CUT
         while not self.done and self._read():
             pass
         events, self._events = self._events, []

@@ -144,7 +144,7 @@ def completions(context: Context, request: Request) -> CompletionGeneration:
     )
     prompts = []
     for text, ids in _prompts(body, context):
-        fitted = fit(sampling, len(ids), context.max_model_len, "prompt")
+        fitted = fit(sampling, len(ids), context.max_length, "prompt")
         prompts.append(Prompt(ids, fitted, text=text))
     return CompletionGeneration(context, body, prompts)
 

@@ -50,7 +50,7 @@ class AsgiResource(Resource):
     def _responder(self, endpoint: Endpoint, get_site: Callable):
         async def answer_of(site, req, resp, params) -> Reply | None:
             body = b"" if endpoint.method == "GET" else await _read_async(req, site.settings.max_body)
-            context = site.context(endpoint.needs)
+            context = site.context(endpoint.needs, tenant_of(req))
             request = Request(endpoint.method, req.path, params, _query(req), body)
             if len(body) > LONG_BODY_BYTES:
                 answer = await asyncio.to_thread(endpoint.run, context, request)
@@ -114,7 +114,7 @@ class WsgiResource(Resource):
         def answer_of(site, req, resp, params) -> Reply | None:
             body = b"" if endpoint.method == "GET" else _read_blocking(req, site.settings.max_body)
             request = Request(endpoint.method, req.path, params, _query(req), body)
-            answer: Answer = endpoint.run(site.context(endpoint.needs), request)
+            answer: Answer = endpoint.run(site.context(endpoint.needs, tenant_of(req)), request)
             if isinstance(answer, Question):
                 answer = answer.render(site.link.call(answer.op, answer.payload, answer.timeout_s))
             if isinstance(answer, Reply):
@@ -296,6 +296,11 @@ def _generate_blocking(link, generation: Generation, environ: dict, resp) -> Rep
     finally:
         if not streaming:
             stream.close()
+
+
+def tenant_of(req) -> str:
+    """Who asks, as `auth.Gate` found out; "" where no key is asked for."""
+    return getattr(req.context, "tenant", "")
 
 
 def _query(req) -> dict[str, str]:

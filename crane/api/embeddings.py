@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from crane.api.bodies import Body, TokenId, decode, invalid
+from crane.api.bodies import QueuedBody, TokenId, decode, invalid
 from crane.api.endpoint import Context, Endpoint, Request
 from crane.api.gathered import GatheredOutputs
+from crane.api.queueing import claim
 from crane.api.sampling import fit
 from crane.errors import EngineError
 from crane.runtime.types import Generate, Output, SamplingParams
@@ -22,7 +23,7 @@ _NO_TOKENS = SamplingParams(max_tokens=0)
 _json = msgspec.json.Encoder().encode
 
 
-class EmbeddingBody(Body):
+class EmbeddingBody(QueuedBody, kw_only=True):
     """POST /v1/embeddings. input: text, token ids, or a list of either.
 
     dimensions: only the first so many, brought to length one again; of use with models that were
@@ -64,7 +65,7 @@ def embeddings(context: Context, request: Request) -> GatheredOutputs:
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
         return _json({"object": "list", "data": data, "model": model.name, "usage": usage})
 
-    return GatheredOutputs(requests, render)
+    return GatheredOutputs(claim(context, body, requests), render)
 
 
 def unit(values: list[float]) -> list[float]:

@@ -10,6 +10,7 @@ out what they ask for, once for ASGI and once for WSGI.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any, Protocol
 
 from crane.api.served import ServedModel
@@ -17,6 +18,7 @@ from crane.runtime.settings import Settings
 from crane.runtime.types import Generate, Output, State
 
 JSON = "application/json"
+MAX_LENGTH = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,14 @@ class Generation(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """What an endpoint may know. model: as this worker loaded it; state: the engine's latest."""
+    """What an endpoint may know. model: as this worker loaded it; state: the engine's latest. tenant: who asks, ""
+    without keys. any_length: prompts of any length are taken, as nothing will be computed."""
 
     settings: Settings
     model: ServedModel
     state: State
+    tenant: str = ""
+    any_length: bool = False
 
     @property
     def max_model_len(self) -> int:
@@ -92,6 +97,11 @@ class Context:
             return self.state.info.max_model_len
         limit = self.model.config.max_position
         return min(limit, self.settings.max_model_len) if self.settings.max_model_len else limit
+
+    @property
+    def max_length(self) -> int:
+        """The longest prompt plus output that is taken."""
+        return MAX_LENGTH if self.any_length else self.max_model_len
 
 
 Answer = Reply | Question | Generation
@@ -102,8 +112,9 @@ class Endpoint:
     """One route. needs: "nothing" | "model" (tokenizer, template) | "link" (an engine to ask, if only
     one that drains) | "engine" (ready).
 
-    body: the Struct that `run` decodes; query: the parameters it looks at, with their JSON schemas; content_type:
-    of the 200; all for /openapi.json, whose summary of the route is the first line of `run`'s docstring.
+    body: the Struct, or one of those, that `run` decodes; query: the parameters it looks at, with their JSON
+    schemas; content_type: of the 200; all for /openapi.json, whose summary of the route is the first line of
+    `run`'s docstring.
     error_reply: how this dialect writes an error; default: as OpenAI does.
     """
 
@@ -111,7 +122,7 @@ class Endpoint:
     path: str
     run: Callable[[Context, Request], Answer]
     needs: str = "engine"
-    body: type | None = None
+    body: type | UnionType | None = None
     query: Mapping[str, dict] = field(default_factory=dict)
     content_type: str = JSON
     error_reply: Callable[[Exception], Reply] | None = None

@@ -21,6 +21,7 @@ _ENGINE = {
     "duplicate_rid": (400, "invalid_request_error", "duplicate_rid"),
     "too_long": (400, "invalid_request_error", "context_length_exceeded"),
     "bad_request": (400, "invalid_request_error", None),
+    "timeout": (504, "timeout_error", "timeout"),
     "internal": (500, "server_error", "internal_error"),
 }
 RETRY_AFTER_S = {429: 1, 503: 2}
@@ -48,7 +49,8 @@ def error_reply(error: Exception) -> Reply:
         headers["Retry-After"] = str(math.ceil(wait_s))
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if body["error"]["code"] == "context_length_exceeded":
+    # the same again would not help: too long it stays, and the time that the client gave is over
+    if body["error"]["code"] in ("context_length_exceeded", "timeout"):
         headers["x-should-retry"] = "false"
     return Reply(msgspec.json.encode(body), status, headers)
 
@@ -62,6 +64,11 @@ def http_error_reply(status: int, message: str) -> Reply:
     """What the HTTP layer itself refuses: unknown routes, wrong methods, malformed requests."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return Reply(msgspec.json.encode(_object(message, kind, None, None)), status)
+
+
+def out_of_time() -> EngineError:
+    """A request of which there is nothing yet when its timeout_s is over."""
+    return EngineError("timeout", "timeout_s: the time is over, and the request has not come to its first token")
 
 
 def not_ready(state: State) -> EngineError:

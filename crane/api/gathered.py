@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from crane.api.errors import out_of_time
 from crane.errors import EngineError, RequestError
 from crane.runtime.types import Generate, Output
 
@@ -33,6 +34,9 @@ class GatheredOutputs:
             if output.finish_reason == "error":
                 message = output.error or "the engine failed"
                 self.failed = EngineError("lost" if message.startswith("engine_lost") else "internal", message)
+                break
+            if output.finish_reason == "timeout":
+                self.failed = out_of_time()
                 break
             self._aborted |= output.finish_reason == "abort"
             self._num_open -= self._outputs[output.rid] is None

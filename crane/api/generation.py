@@ -15,8 +15,9 @@ from crane.api import sse
 from crane.api.bodies import GenerateBody
 from crane.api.chat_parser import ChatEvent, ChatParser
 from crane.api.endpoint import Context
-from crane.api.errors import error_frame
+from crane.api.errors import error_frame, out_of_time
 from crane.api.logprobs import trimmed
+from crane.api.queueing import claims
 from crane.errors import EngineError
 from crane.runtime.text import Delta, TextStream
 from crane.runtime.types import Generate, Output, SamplingParams, TokenLogprob
@@ -83,10 +84,13 @@ class BaseGeneration:
         self.requests: list[Generate] = []
         self.choices: list[Choice] = []
         self._by_output: dict[tuple[str, int], Choice] = {}
+        claimed = claims(context, body)
         for i, prompt in enumerate(prompts):
             rid = prompt.rid = self.id if len(prompts) == 1 else f"{self.id}-{i}"
             salt = body.cache_salt or ""
-            self.requests.append(Generate(rid, prompt.ids, prompt.sampling, None, salt, prompt.prediction_ids))
+            self.requests.append(
+                Generate(rid, prompt.ids, prompt.sampling, None, salt, prompt.prediction_ids, **claimed)
+            )
             for j in range(prompt.sampling.n):
                 text = TextStream(self.tokenizer, prompt.sampling, prompt.ids, prompt.keep_ids)
                 choice = Choice(len(self.choices), j, prompt, text)
@@ -122,6 +126,8 @@ class BaseGeneration:
                 choice.accepted_tokens += len(output.token_ids) - 1
             if output.finish_reason == "error":
                 frames.append(self._fail(output.error or "the engine failed"))
+            elif output.finish_reason == "timeout" and not any(each.text.token_ids for each in self.choices):
+                frames.append(self._end_with(out_of_time()))
             else:
                 frames.append(self._push(choice, output))
                 if output.usage is not None and output.usage.reasoning_tokens:  # exact, unlike what the text shows
@@ -219,8 +225,11 @@ class BaseGeneration:
 
     def _fail(self, message: str) -> bytes:
         lost = message.startswith("engine_lost")
-        self.failed = EngineError("lost" if lost else "internal", message)
-        return error_frame(self.failed) if self.stream else b""
+        return self._end_with(EngineError("lost" if lost else "internal", message))
+
+    def _end_with(self, error: EngineError) -> bytes:
+        self.failed = error
+        return error_frame(error) if self.stream else b""
 
     def _chunk(self, choice: bytes) -> bytes:
         """A frame with one choice, given as JSON."""

@@ -15,9 +15,9 @@ from crane.api.messages_bodies import CountBody, MessagesBody, chat_body
 _json = msgspec.json.Encoder().encode
 _KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
-_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "timeout": "timeout"}
 # what a chat completion calls otherwise
 _FIELDS = {
     "response_format.json_schema": "output_config.format", "response_format": "output_config.format",

@@ -6,7 +6,8 @@ import msgspec
 from msgspec import Meta
 
 from crane.api.bodies import (
-    MAX_INT, Absent, Body, ChatBody, EmptyList, Function, Message, Off, StopText, ToolCall, decode, invalid, later,
+    MAX_INT, Absent, Body, ChatBody, EmptyList, Function, Message, Off, Priority, StopText, TimeLimit,
+    ToolCall, decode, invalid, later,
 )  # fmt: skip
 
 _json = msgspec.json.Encoder().encode
@@ -141,6 +142,9 @@ class MessagesBody(CountBody, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=MAX_INT)] | None = None
     metadata: Metadata | None = None
+    # as in `bodies.QueuedBody`
+    priority: Priority | None = None
+    timeout_s: TimeLimit | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     container: Absent = None
     diagnostics: Absent = None
@@ -172,9 +176,10 @@ def chat_body(body: CountBody) -> ChatBody:
         schema = {"name": "answer", "schema": config.format.schema}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     if isinstance(body, MessagesBody):
-        names = ("max_tokens", "stream", "temperature", "top_p", "top_k")
+        names = ("max_tokens", "stream", "temperature", "top_p", "top_k", "priority", "timeout_s")
         fields |= {name: getattr(body, name) for name in names}
         fields["stop"] = body.stop_sequences
+        fields["user"] = body.metadata and body.metadata.user_id
     return decode(ChatBody, _json(fields))
 
 

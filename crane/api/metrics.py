@@ -13,6 +13,7 @@ PREFIX = "crane:"
 _GAUGES = {
     "num_requests_running": ("active_sequences", "Sequences that have started and not ended."),
     "num_requests_waiting": ("waiting_sequences", "Sequences that have not started."),
+    "num_tenants_waiting": ("waiting_tenants", "Keys or users that have sequences waiting, as --fair-by says."),
     "num_kv_pages": ("num_pages", "KV pages there are."),
     "num_free_kv_pages": ("free_pages", "KV pages that no sequence holds."),
     "num_host_kv_pages": ("num_host_pages", "KV pages there is room for in host memory."),
@@ -30,6 +31,7 @@ _COUNTERS = {
     "host_cached_tokens": ("host_cached_tokens", "Prompt tokens whose KV pages came back from host memory."),
     "num_requests": ("total_requests", "Requests taken."),
     "num_aborted_requests": ("aborted_requests", "Requests ended by their client."),
+    "num_timed_out_requests": ("timed_out_requests", "Requests ended because their timeout_s was over."),
     "num_failed_requests": ("failed_requests", "Requests ended by a fault."),
     "engine_steps": ("steps", "Steps computed."),
     "spec_decode_num_drafts": ("drafts", "Runs of guessed tokens verified."),
@@ -67,6 +69,11 @@ class Counts:
         yield self._one(GaugeMetricFamily, "cache_hit_rate", "Share of prompt tokens that were in the cache.", hits)
         length = 1 + stats["accepted_tokens"] / stats["drafts"] if stats["drafts"] else 0.0
         yield self._one(GaugeMetricFamily, "spec_accept_length", "Tokens a verified draft gives on average.", length)
+        waiting = GaugeMetricFamily(PREFIX + "num_requests_waiting_by_priority", "Sequences that have not started.",
+                                    labels=("model_name", "priority"))  # fmt: skip
+        for priority, count in sorted(stats["waiting_by_priority"].items()):
+            waiting.add_metric((self._model, str(priority)), count)
+        yield waiting
         for name, (field, text) in _COUNTERS.items():
             yield self._one(CounterMetricFamily, name, text, stats[field])
         success = CounterMetricFamily(PREFIX + "request_success", "Sequences ended.",

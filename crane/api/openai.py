@@ -148,7 +148,7 @@ def chat_completions(context: Context, request: Request) -> ChatGeneration:
         body.max_tokens if max_tokens is None else max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    sampling = fit(chat.constrain(sampling), len(chat.ids), context.max_model_len, "messages")
+    sampling = fit(chat.constrain(sampling), len(chat.ids), context.max_length, "messages")
     prompt = Prompt(chat.ids, sampling, keep_ids=chat.keep_ids)
     if body.prediction is not None:
         if sampling.constrained:

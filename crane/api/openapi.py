@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import get_args
 
 import msgspec
 
@@ -21,6 +22,7 @@ _ERRORS = {
     "429": "The queue is full; Retry-After says when to come back.",
     "500": "A fault of the server.",
     "503": "The engine is loading, draining or gone; Retry-After says when to come back.",
+    "504": "The request's timeout_s was over before its first token.",
 }
 _ERROR = {
     "type": "object",
@@ -42,13 +44,13 @@ _ERROR = {
 
 def document(endpoints: tuple[Endpoint, ...], settings: Settings) -> dict:
     """The OpenAPI 3.1 description of `endpoints`."""
-    bodies = list({endpoint.body: None for endpoint in endpoints if endpoint.body is not None})
+    bodies = list({body: None for endpoint in endpoints for body in _bodies(endpoint)})
     refs, schemas = msgspec.json.schema_components(bodies, ref_template=_SCHEMAS)
     by_body = dict(zip(bodies, refs, strict=True))
     paths: dict[str, dict] = {}
     for endpoint in endpoints:
         path = re.sub(r"\{(\w+):\w+\}", r"{\1}", endpoint.path)
-        operation = _operation(endpoint, path, by_body.get(endpoint.body), settings)
+        operation = _operation(endpoint, path, [by_body[body] for body in _bodies(endpoint)], settings)
         paths.setdefault(path, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",
@@ -64,7 +66,7 @@ def document(endpoints: tuple[Endpoint, ...], settings: Settings) -> dict:
     }
 
 
-def _operation(endpoint: Endpoint, path: str, body: dict | None, settings: Settings) -> dict:
+def _operation(endpoint: Endpoint, path: str, bodies: list[dict], settings: Settings) -> dict:
     summary, description = _words(endpoint)
     operation = {
         "summary": summary,
@@ -80,8 +82,9 @@ def _operation(endpoint: Endpoint, path: str, body: dict | None, settings: Setti
     ]
     if parameters:
         operation["parameters"] = parameters
-    if body is not None:
-        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": body}}}
+    if bodies:
+        schema = bodies[0] if len(bodies) == 1 else {"anyOf": bodies}
+        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
     if needs_key(endpoint.path, settings):
         operation["security"] = [{"bearer": []}, {"header": []}]
     return operation
@@ -89,10 +92,13 @@ def _operation(endpoint: Endpoint, path: str, body: dict | None, settings: Setti
 
 def _responses(endpoint: Endpoint, settings: Settings) -> dict:
     content, text = {endpoint.content_type: {}}, "The answer."
-    if endpoint.body is not None and "stream" in endpoint.body.__struct_fields__:
+    codes = ["500"]
+    fields = endpoint.body.__struct_fields__ if isinstance(endpoint.body, type) else ()
+    if "timeout_s" in fields:
+        codes.append("504")
+    if "stream" in fields:
         content[_STREAM] = {}
         text += " With `stream: true`, server-sent events; an error after the first byte is an event of its own."
-    codes = ["500"]
     if endpoint.body is not None or "{" in endpoint.path:
         codes += ["400", "404"]
     if endpoint.query:
@@ -112,6 +118,11 @@ def _responses(endpoint: Endpoint, settings: Settings) -> dict:
     if endpoint.query or "{" in endpoint.path:
         errors["414"] = {"description": "The address is too long; said by the HTTP server, as text."}
     return {"200": {"description": text, "content": content}} | errors
+
+
+def _bodies(endpoint: Endpoint) -> tuple[type, ...]:
+    """The Structs of which a request's body is one."""
+    return () if endpoint.body is None else get_args(endpoint.body) or (endpoint.body,)
 
 
 def _words(endpoint: Endpoint) -> tuple[str, str]:

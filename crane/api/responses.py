@@ -108,7 +108,8 @@ class ResponsesGeneration(BlockGeneration):
     def _keep(self, status: str | None = None) -> dict[str, Any]:
         """The response as it ended, from now on in the store."""
         if status is None:
-            status = {"length": "incomplete", "abort": "cancelled"}.get(self.choice.finish_reason, "completed")
+            endings = {"length": "incomplete", "timeout": "incomplete", "abort": "cancelled"}
+            status = endings.get(self.choice.finish_reason, "completed")
         response = self._response(status)
         if self._store is not None:
             self._store.put(self.id, _json({"response": response, "input": self._items}))
@@ -116,7 +117,8 @@ class ResponsesGeneration(BlockGeneration):
 
     def _response(self, status: str) -> dict[str, Any]:
         running = status == "in_progress"
-        cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        reason = "timeout" if self.choice.finish_reason == "timeout" else "max_output_tokens"
+        cut = {"reason": reason} if status == "incomplete" else None
         output = [
             self._item(block, "incomplete" if block.cut or block is self._open else "completed")
             for block in self.blocks

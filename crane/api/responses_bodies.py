@@ -6,8 +6,8 @@ import msgspec
 from msgspec import Meta
 
 from crane.api.bodies import (
-    MAX_INT, Absent, Body, ChatBody, EmptyList, Function, Medium, Message, NumTop, Off, StandardTier, StopText,
-    ToolCall, decode, invalid, later,
+    MAX_INT, Absent, Body, ChatBody, EmptyList, Function, Medium, Message, NumTop, Off, QueuedBody,
+    StandardTier, StopText, ToolCall, decode, invalid, later,
 )  # fmt: skip
 from crane.errors import RequestError
 
@@ -137,7 +137,7 @@ class StreamOptions(Body):
     include_obfuscation: Off = None
 
 
-class ResponsesBody(Body):
+class ResponsesBody(QueuedBody, kw_only=True):
     """POST /v1/responses. store: keep it for previous_response_id and GET; default: true, where there is a store."""
 
     input: str | Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
@@ -190,6 +190,7 @@ class ResponsesBody(Body):
 _SAME = (
     "stream", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
     "seed", "stop", "chat_template_kwargs", "thinking_token_budget", "parallel_tool_calls", "max_output_tokens",
+    "priority", "timeout_s", "user", "safety_identifier",
 )  # fmt: skip
 
 

@@ -13,11 +13,12 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from crane.api.bodies import Body, TokenId, decode, invalid
+from crane.api.bodies import Body, QueuedBody, TokenId, decode, invalid
 from crane.api.chat_parser import END_THINK
 from crane.api.chat_prompt import prepare_chat
 from crane.api.endpoint import Context, Endpoint, Request
 from crane.api.gathered import GatheredOutputs
+from crane.api.queueing import claim
 from crane.api.sampling import fit
 from crane.api.served import ServedModel
 from crane.errors import EngineError, RequestError
@@ -39,7 +40,7 @@ _json = msgspec.json.Encoder().encode
 Texts = str | Annotated[list[str], Meta(min_length=1, max_length=MAX_PAIRS)]
 
 
-class ScoreBody(Body):
+class ScoreBody(QueuedBody, kw_only=True):
     """POST /v1/score: vLLM's pairs (text_1 and text_2, or queries and documents), or SGLang's labels.
 
     Pairs: one with one, one with each of a list, or two lists of the same length. Labels: the
@@ -66,7 +67,7 @@ class Document(Body):
     text: str
 
 
-class RerankBody(Body):
+class RerankBody(QueuedBody, kw_only=True):
     """POST /v1/rerank: documents in the order of their relevance to a query."""
 
     query: str
@@ -117,7 +118,7 @@ def rerank(context: Context, request: Request) -> GatheredOutputs:
         head = {"id": own_id, "object": "rerank", "model": context.model.name}
         return _json({**head, "results": results, "usage": _usage(requests)})
 
-    return GatheredOutputs(requests, render)
+    return GatheredOutputs(claim(context, body, requests), render)
 
 
 class Judge:
@@ -175,7 +176,7 @@ def _score_pairs(context: Context, body: ScoreBody, pairs: list[tuple[str, str]]
         ]
         return _json({**head, "data": data, "usage": _usage(requests)})
 
-    return GatheredOutputs(requests, render)
+    return GatheredOutputs(claim(context, body, requests), render)
 
 
 def _score_labels(context: Context, body: ScoreBody) -> GatheredOutputs:
@@ -197,7 +198,7 @@ def _score_labels(context: Context, body: ScoreBody) -> GatheredOutputs:
             {"scores": scores, "model": context.model.name, "object": "scoring", "usage": _usage(requests)}
         )
 
-    return GatheredOutputs(requests, render)
+    return GatheredOutputs(claim(context, body, requests), render)
 
 
 def _label_prompts(model: ServedModel, body: ScoreBody) -> list[list[int]]:

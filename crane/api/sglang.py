@@ -12,6 +12,7 @@ from crane.api.bodies import decode, invalid
 from crane.api.chat_parser import END_THINK, THINK, chat_form
 from crane.api.constraint import response_grammar
 from crane.api.endpoint import Context, Endpoint, Reply, Request
+from crane.api.queueing import claims
 from crane.api.sampling import bias_by_id, check_choices
 from crane.api.served import ServedModel
 from crane.api.sglang_bodies import NativeBody, NativeSamplingBody
@@ -69,6 +70,7 @@ def generate(context: Context, request: Request) -> NativeGeneration:
     return NativeGeneration(
         context,
         prompts,
+        claims=claims(context, body),
         stream=bool(body.stream),
         listed=batched or n > 1,
         with_text=bool(body.return_text_in_logprobs),
@@ -181,7 +183,7 @@ def _logprobs(body: NativeBody, inputs: list[list[int]], batched: bool) -> list[
 def _sampling(params: NativeSamplingBody, context: Context, num_prompt: int, where: str, more: dict) -> SamplingParams:
     """One prompt's parameters. where: what its fields are called in errors. more: fields to set as they are."""
     model = context.model
-    max_tokens = _max_tokens(params, num_prompt, context.max_model_len)
+    max_tokens = _max_tokens(params, num_prompt, context.max_length)
     min_tokens = params.min_new_tokens or 0
     if min_tokens > max_tokens and not _clamped(params):
         raise invalid(f"{where}min_new_tokens", f"expected at most max_new_tokens ({max_tokens}), got {min_tokens}")

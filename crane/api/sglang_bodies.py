@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, UnsetType
 
-from crane.api.bodies import MAX_INT, Absent, Bias, Body, NumChoices, NumTop, Off, StopText, TokenId
+from crane.api.bodies import MAX_INT, Absent, Bias, Body, NumChoices, NumTop, Off, QueuedBody, StopText, TokenId
 
 On = Annotated[Any, Meta(extra={"neutral": (True,)})]
 Empty = Annotated[Any, Meta(extra={"neutral": ("", [], {})})]
@@ -50,7 +50,7 @@ class NativeSamplingBody(Body):
     watermark: Off = None
 
 
-class NativeBody(Body):
+class NativeBody(QueuedBody):
     """POST /generate. text or input_ids, one or a list; other fields given as lists have one entry per prompt."""
 
     text: str | Annotated[list[str], Meta(min_length=1)] | None = None
@@ -88,7 +88,6 @@ class NativeBody(Body):
     custom_logit_processor: Absent = None
     session_params: Absent = None
     session_id: Absent = None
-    priority: Absent = None
     routing_key: Absent = None
     routed_dp_rank: Absent = None
     data_parallel_rank: Absent = None

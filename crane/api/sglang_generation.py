@@ -8,7 +8,7 @@ import msgspec
 
 from crane.api import sse
 from crane.api.endpoint import Context
-from crane.api.errors import error_object
+from crane.api.errors import error_object, out_of_time
 from crane.errors import EngineError
 from crane.models.tokenizer import Tokenizer
 from crane.runtime.text import Delta, TextStream
@@ -78,7 +78,7 @@ class NativeGeneration:
     listed: the answer is a list, and events say whose they are. with_text: log-probabilities name their tokens.
     """
 
-    def __init__(self, context: Context, prompts: Sequence[NativePrompt], *, stream: bool, listed: bool,
+    def __init__(self, context: Context, prompts: Sequence[NativePrompt], *, claims: dict, stream: bool, listed: bool,
                  with_text: bool = False, with_prompt_ids: bool = False):
         self.stream = stream
         self.failed: EngineError | None = None
@@ -93,7 +93,7 @@ class NativeGeneration:
         self._by_output: dict[tuple[str, int], NativeChoice] = {}
         for prompt in prompts:
             n = prompt.sampling.n
-            self.requests.append(Generate(prompt.rid, prompt.ids, prompt.sampling, cache_salt=prompt.salt))
+            self.requests.append(Generate(prompt.rid, prompt.ids, prompt.sampling, cache_salt=prompt.salt, **claims))
             for number in range(n):
                 own_id = prompt.rid if n == 1 else f"{prompt.rid}#{number}"  # /abort_request knows these too
                 text = TextStream(self._tokenizer, prompt.sampling, prompt.ids)
@@ -120,6 +120,9 @@ class NativeGeneration:
                 continue  # its stop string came up; what the engine adds is not part of the answer
             if output.finish_reason == "error":
                 frames.append(self._fail(output.error or "the engine failed"))
+                continue
+            if output.finish_reason == "timeout" and not any(each.stream.token_ids for each in self.choices):
+                frames.append(self._end_with(out_of_time()))
                 continue
             waited = choice.prompt.waits
             self._push(choice, output)
@@ -179,13 +182,16 @@ class NativeGeneration:
         return sse.frame(sse.json_line(answer))
 
     def _fail(self, message: str) -> bytes:
-        lost = message.startswith("engine_lost")
-        self.failed = EngineError("lost" if lost else "internal", message)
+        return self._end_with(EngineError("lost" if message.startswith("engine_lost") else "internal", message))
+
+    def _end_with(self, error: EngineError) -> bytes:
+        self.failed = error
         if not self.stream:
             return b""
-        status, body = error_object(self.failed)
-        error = {"message": message, "type": body["error"]["type"], "code": status, "retryable": lost}
-        return sse.frame(_json({"error": error}))
+        status, body = error_object(error)
+        lost = error.code == "lost"
+        said = {"message": str(error), "type": body["error"]["type"], "code": status, "retryable": lost}
+        return sse.frame(_json({"error": said}))
 
     def _answer(self, choice: NativeChoice) -> dict:
         prompt, token_ids = choice.prompt, choice.stream.token_ids
@@ -242,6 +248,9 @@ def _finish_reason(delta: Delta, num_tokens: int) -> dict:
         return {"type": "length", "length": num_tokens}
     if delta.finish_reason == "abort":
         return {"type": "abort", "message": "the request was aborted", "status_code": None, "err_type": None}
+    if delta.finish_reason == "timeout":
+        message = "timeout_s: the time is over"
+        return {"type": "abort", "message": message, "status_code": 504, "err_type": "timeout"}
     return {"type": "stop", "matched": delta.stop}
 
 

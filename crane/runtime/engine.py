@@ -17,6 +17,7 @@ from crane.models.tokenizer import load_tokenizer
 from crane.runtime import device as devices
 from crane.runtime.costs import Costs
 from crane.runtime.drafts import Drafter
+from crane.runtime.forecast import Forecast, Rate
 from crane.runtime.grammar import GrammarCompiler, wait_any
 from crane.runtime.kv_cache import HostPages, allocate_pages, page_bytes
 from crane.runtime.metrics import Metrics
@@ -25,7 +26,7 @@ from crane.runtime.runner import ModelRunner
 from crane.runtime.scheduler import Scheduler
 from crane.runtime.sequence import Sequence, Status
 from crane.runtime.settings import Settings
-from crane.runtime.types import Accepted, EngineInfo, EngineStats, Generate, Output, Rejected
+from crane.runtime.types import Accepted, EngineInfo, EngineStats, Generate, Output, Plan, Rejected
 
 log = logging.getLogger("crane.engine")
 
@@ -68,6 +69,7 @@ class Engine:
             max_step_tokens=settings.max_step_tokens,
             max_model_len=max_model_len,
             prefix_cache=settings.prefix_cache,
+            output_weight=settings.fair_output_weight,
             drafter=Drafter(settings),
             costs=Costs(page_bytes(config, settings.page_size, dtype), settings.preemption, self.host.measure()),
         )
@@ -76,8 +78,8 @@ class Engine:
         self._compiling: list[Sequence] = []  # new sequences whose grammar may yet turn out to be wrong
         self._stats = EngineStats(num_pages=num_pages, num_host_pages=num_host_pages)
         self._metrics = Metrics()
-        self._prefill = _Rate()
-        self._decode = _Rate()
+        self._prefill, self._decode = Rate(), Rate()
+        self._forecast = Forecast(self.scheduler, settings.max_queue)
         self.info = EngineInfo(
             pid=os.getpid(),
             model_path=settings.model_path,
@@ -145,14 +147,14 @@ class Engine:
             return "bad_request", problem
         if len(ids) + min(0 if request.pooling else sampling.max_tokens, 1) > info.max_model_len:
             return "too_long", f"a prompt of {len(ids)} tokens exceeds the limit of {info.max_model_len} tokens"
-        if self.scheduler.num_waiting >= self.settings.max_queue:
-            return "queue_full", f"{self.scheduler.num_waiting} requests are waiting", self._retry_after_s()
+        if not self._forecast.has_place(request.tenant):
+            text, retry_after_s = self._forecast.refuse(request.tenant)
+            return "queue_full", text, retry_after_s
         return None
 
-    def _retry_after_s(self) -> float:
-        """When a place in the queue should be free: the tokens in front of it over the rate they are decoded at."""
-        left = sum(s.max_tokens - s.num_output for s in self.scheduler.running)
-        return min(max(left / max(self._decode.value, 1.0) / self.settings.max_concurrent, 1.0), 60.0)
+    def plan(self, request: Generate) -> Plan:
+        """What would become of a request now. It is not taken."""
+        return self._forecast.plan(request, self._problem(request))
 
     def abort(self, rid: str | None, index: int | None = None) -> list[Output]:
         """End one request, one choice of it, or all (rid None): their last outputs, with finish_reason "abort".
@@ -179,7 +181,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Plan, run and commit one step. A fault in it fails the requests of its batch, nobody else's."""
-        refused = self._refuse_grammars()
+        refused = self._refuse_grammars() + self._expire()
         batch = self.scheduler.plan()
         if batch.copies and (lost := self._copy(batch.copies)):
             return refused + lost
@@ -224,6 +226,14 @@ class Engine:
                 self._compiling.remove(sequence)
         return outputs
 
+    def _expire(self) -> list[Output]:
+        """End sequences whose time is over."""
+        ended = self.scheduler.expire()
+        for output in ended:
+            self._metrics.end(output)
+        self._stats.timed_out_requests += len({output.rid for output in ended})
+        return ended
+
     def _fail(self, sequences: list[Sequence], message: str) -> list[Output]:
         ended = self.scheduler.end(sequences, "error", message)
         for output in ended:
@@ -245,6 +255,8 @@ class Engine:
         share_s = elapsed_s / batch.num_tokens
         self._decode.add(sum(1 + row.num_accepted for row in decoding), decoded * share_s)
         self._prefill.add(batch.num_tokens - decoded, (batch.num_tokens - decoded) * share_s)
+        drawn = sum(len(output.token_ids) for output in outputs)
+        self._forecast.step(batch.num_tokens - decoded, drawn, elapsed_s - decoded * share_s, decoded * share_s)
         if decoded == batch.num_tokens:
             self.scheduler.drafter.cost.learn(decoded, elapsed_s)
         if batch.num_tokens > decoded:
@@ -268,24 +280,11 @@ class Engine:
         stats.avg_decode_tokens_per_sec = round(self._decode.value, 2)
         stats.avg_prefill_tokens_per_sec = round(self._prefill.value, 2)
         stats.waiting_sequences = scheduler.num_waiting
+        sign = -1 if self.settings.priority_order == "highest-first" else 1
+        stats.waiting_by_priority = {sign * level: num for level, num in scheduler.roster.waiting_by_level.items()}
+        stats.waiting_tenants = len(scheduler.roster.waiting_by_tenant)
         stats.active_sequences = scheduler.num_live - stats.waiting_sequences
         stats.free_pages = scheduler.pool.num_free
         stats.kernels = registry.report()
         stats.uptime_s = round(time.monotonic() - self._started_s, 3)
         return stats
-
-
-class _Rate:
-    """Tokens per second over all time spent on them."""
-
-    def __init__(self):
-        self.tokens = 0
-        self.seconds = 0.0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        self.tokens += tokens
-        self.seconds += seconds
-
-    @property
-    def value(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0

@@ -32,12 +32,15 @@ class Tenants:
     def served(self, name: str) -> float:
         return self._served.get(name, 0.0)
 
+    def served_if_entered(self, name: str) -> float:
+        """What would be counted for it if it had a sequence now."""
+        least = self._order.first()
+        return max(self.served(name), self.served(least) if least is not None and name not in self._live else 0.0)
+
     def enter(self, name: str) -> None:
         """One more live sequence of this tenant."""
         if not self._live[name]:
-            least = self._order.first()
-            floor = self.served(least) if least is not None else 0.0
-            self._served[name] = max(self.served(name), floor)
+            self._served[name] = self.served_if_entered(name)
             self._order.add(name)
         self._live[name] += 1
 
@@ -192,6 +195,17 @@ class Lanes:
     def first_after(self, level: int) -> list[Sequence]:
         """Whose turn it is in each class that is less urgent."""
         return [self._levels[each].first() for each in self._sorted if each > level]
+
+    def num_ahead(self, level: int, tenant: str) -> int:
+        """How many would have their turn before a new sequence: more urgent ones, its tenant's own, and of each
+        other tenant as many as its own, one more if that tenant got less."""
+        ahead = self.num_before(level)
+        lines = self._levels[level].lines if level in self._levels else {}
+        own, served = len(lines.get(tenant, ())), self._tenants.served_if_entered(tenant)
+        for name, line in lines.items():
+            if name != tenant:
+                ahead += min(len(line), own + (self._tenants.served(name) <= served))
+        return ahead + own
 
     def num_before(self, level: int) -> int:
         """How many are of more urgent classes."""

@@ -12,12 +12,15 @@ class Roster:
     """Written by Scheduler only.
 
     num_waiting: sequences that have not started yet; by_level, by_tenant: the same by class and tenant.
-    num_started: how many have.
+    waiting_tokens: of their prompts. num_started, started_prompt: how many have, and the tokens of their prompts that
+    were not cached. num_ended, ended_output: those that have started and ended, and their output tokens.
     """
 
     def __init__(self, tenants: Tenants):
         self.num_waiting = 0
-        self.num_started = 0
+        self.waiting_tokens = 0
+        self.num_started = self.started_prompt = 0
+        self.num_ended = self.ended_output = 0
         self.waiting_by_level: Counter[int] = Counter()
         self.waiting_by_tenant: Counter[str] = Counter()
         self._tenants = tenants
@@ -42,12 +45,16 @@ class Roster:
         """It has a slot for the first time."""
         sequence.admitted_s = now_s
         self.num_started += 1
+        self.started_prompt += sequence.num_prompt - sequence.num_cached
         self._count(sequence, -1)
 
     def leave(self, sequence: Sequence) -> None:
         """It has ended."""
         if sequence.admitted_s is None:
             self._count(sequence, -1)
+        else:
+            self.num_ended += 1
+            self.ended_output += sequence.num_output
         self._tenants.leave(sequence.tenant)
         if sequence.deadline_s is not None:
             self._num_timed -= 1
@@ -61,6 +68,7 @@ class Roster:
 
     def _count(self, sequence: Sequence, change: int) -> None:
         self.num_waiting += change
+        self.waiting_tokens += change * sequence.num_prompt
         for counter, name in ((self.waiting_by_level, sequence.level), (self.waiting_by_tenant, sequence.tenant)):
             counter[name] += change
             if not counter[name]:
@@ -86,6 +94,7 @@ class Roster:
         assert live == set(self.find(None))
         new = [sequence for sequence in live if sequence.admitted_s is None]
         assert self.num_waiting == len(new)
+        assert self.waiting_tokens == sum(sequence.num_prompt for sequence in new)
         assert self.waiting_by_level == Counter(sequence.level for sequence in new)
         assert self.waiting_by_tenant == Counter(sequence.tenant for sequence in new)
         assert len(self._tenants) == len({sequence.tenant for sequence in live})

@@ -198,6 +198,11 @@ class Scheduler:
         sequence.pages += self.pool.take(missing)
         return True
 
+    def num_cached_now(self, sequence: Sequence) -> int:
+        """How many tokens of a new sequence's prompt would not have to be computed."""
+        nodes = self.pool.match(sequence.token_ids, sequence.salt) if self._may_share(sequence) else []
+        return len(nodes) * self.pool.page_size
+
     def _may_share(self, sequence: Sequence) -> bool:
         """What is wanted of every prompt position has to be computed at every position."""
         return self.prefix_cache and not sequence.wants_prompt_logprobs and sequence.pooling != "mean"

@@ -74,7 +74,21 @@ class Settings:
     num_draft_tokens: int = _setting(8, "tokens guessed at a time, at most", minimum=1)
     ngram_min: int = _setting(2, "tokens that must have stood there before, for a guess", minimum=1)
     ngram_max: int = _setting(5, "tokens compared to choose between places to guess from", minimum=1)
-    max_queue: int = _setting(256, "requests waiting, at most; beyond it 429", minimum=1)
+    max_queue: int = _setting(
+        256, "choices waiting to start, at most; beyond it 429. Where several share the engine, each may have as many "
+        "waiting as there are places left", minimum=1,
+    )
+    fair_by: str = _setting(
+        "key", "who shares the engine fairly, by tokens: API keys, users of a key (the request's safety_identifier "
+        "or user), or nobody", choices=("key", "user", "none"),
+    )
+    fair_output_weight: float = _setting(
+        2.0, "what an output token counts there; a computed prompt token counts 1", minimum=0
+    )
+    priority_order: str = _setting(
+        "lowest-first", "which of the requests' priorities run first: the lowest as in vLLM, or the highest as in "
+        "SGLang", choices=("lowest-first", "highest-first"),
+    )
     linger_s: float = _setting(10.0, "seconds the engine outlives its last API worker", minimum=0)
     # API workers
     reasoning_field: str = _setting(

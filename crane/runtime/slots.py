@@ -63,6 +63,10 @@ class Slots:
         """Smaller ones are to run first."""
         return sequence.level, self._tenants.served(sequence.tenant), sequence.ticket
 
+    def num_ahead(self, sequence: Sequence) -> int:
+        """How many of those that wait without pages would start before a new sequence, as far as can be told now."""
+        return self.waiting.num_ahead(sequence.level, sequence.tenant)
+
     def add(self, sequence: Sequence) -> None:
         """A new sequence, the last of its lane."""
         sequence.ticket = next(self._tickets)

@@ -141,6 +141,9 @@ class Stepper(threading.Thread):
             return Reply(message.id, msgspec.to_builtins(engine.stats()))
         if message.op == "metrics":
             return Reply(message.id, engine.metrics())
+        if message.op == "plan":
+            requests = msgspec.convert(message.payload, list[Generate])
+            return Reply(message.id, [msgspec.to_builtins(engine.plan(request)) for request in requests])
         return Reply(message.id, error=f"unknown question {message.op!r}")
 
     def _abort(self, engine, peer, call: Call) -> list[tuple]:

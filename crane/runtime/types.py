@@ -138,7 +138,8 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
     """API to engine: a question, answered by `Reply` with the same id.
 
-    op: "stats", "metrics", "abort" (payload: the beginning of rids, None for all), or one of `waiting.Waiting`.
+    op: "stats", "metrics", "plan" (payload: Generate messages; answered by a `Plan` of each), "abort" (payload: the
+    beginning of rids, None for all), or one of `waiting.Waiting`.
     """
 
     id: int
@@ -224,6 +225,29 @@ class Rejected(msgspec.Struct, frozen=True, array_like=True, tag="rejected"):
     retry_after_s: float | None = None
 
 
+class Plan(msgspec.Struct):
+    """What would become of a request now; `/v1/plan` shows it. Times in seconds, null when nothing is measured yet.
+
+    max_tokens: as far as the context goes. fits: the prompt does, and a token of output. pages: KV pages that each
+    choice may come to need. code, message, retry_after_s: why it would be refused now.
+    queue_position: how many would start before it. wait_s: until it starts. first_token_s: until its first token.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    max_tokens: int
+    fits: bool
+    waiting: int
+    free_pages: int
+    pages: int = 0
+    code: str | None = None
+    message: str | None = None
+    retry_after_s: float | None = None
+    queue_position: int | None = None
+    wait_s: float | None = None
+    first_token_s: float | None = None
+
+
 class Reply(msgspec.Struct, frozen=True, array_like=True, tag="reply"):
     """Engine to API: the answer to `Call` id. error: a message, or None."""
 
@@ -277,8 +301,11 @@ class EngineStats(msgspec.Struct):
     host_cached_tokens: int = 0  # of cached_tokens: those that came from host memory
     avg_decode_tokens_per_sec: float = 0.0
     avg_prefill_tokens_per_sec: float = 0.0
+    timed_out_requests: int = 0
     active_sequences: int = 0
     waiting_sequences: int = 0
+    waiting_by_priority: dict[int, int] = {}
+    waiting_tenants: int = 0  # how many share the queue
     num_pages: int = 0
     free_pages: int = 0
     num_host_pages: int = 0

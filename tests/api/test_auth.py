@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 
+import msgspec
 import pytest
 
 from crane.api.auth import load_keys
@@ -79,7 +80,7 @@ def test_probes_and_preflights_are_open(client):
 
 
 def test_metrics_are_open_unless_a_setting_says_otherwise(client):
-    answer = {"stats": dict.fromkeys(EngineStats.__struct_fields__, 0), "finished": {}, "histograms": {}}
+    answer = {"stats": msgspec.to_builtins(EngineStats()), "finished": {}, "histograms": {}}
     assert client(settings=KEYED, answer=answer).get("/metrics").status == 200
     locked = client(settings=dataclasses.replace(KEYED, metrics_key=True), answer=answer)
     assert locked.get("/metrics").status == 401

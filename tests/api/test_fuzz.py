@@ -3,10 +3,12 @@
 import json
 import random
 
+import msgspec
 import pytest
 
 from crane.api.app import ENDPOINTS
 from crane.errors import EngineError
+from crane.runtime.types import Plan
 from tests.api.harness import Client
 
 PATHS = sorted({endpoint.path for endpoint in ENDPOINTS if endpoint.body and endpoint.method == "POST"})
@@ -66,7 +68,7 @@ class Maker:
 @pytest.mark.parametrize("path", PATHS)
 def test_what_the_schema_allows_is_answered(model, path):
     """By an answer, or a refusal of the request or of a full engine."""
-    here = Client("wsgi", model, lambda request: [EngineError("queue_full", "full")], answer={})
+    here = Client("wsgi", model, lambda request: [EngineError("queue_full", "full")], answer=ANSWERS.get(path, {}))
     document = here.get("/openapi.json").json()
     schema = document["paths"][path.replace(":path}", "}")]["post"]["requestBody"]["content"]["application/json"]
     taken = 0
@@ -82,3 +84,4 @@ def test_what_the_schema_allows_is_answered(model, path):
 
 
 RARELY_TAKEN = ()
+ANSWERS = {"/v1/plan": [msgspec.to_builtins(Plan(1, 0, 1, True, 0, 9))]}
