@@ -80,16 +80,13 @@ class Tether:
     """Ties the engine's work for one ASGI request to its client.
 
     falcon does not look whether a streaming client is still there, so a task of
-    ours does: it wakes the stream when the client leaves. And one timer a stream
-    nudges it when nothing has been sent for a while. sent_at: when something was, on the loop's clock.
+    ours does: it wakes the stream when the client leaves.
     """
 
     def __init__(self, receive):
         self._receive = receive
         self._stream = None
         self._watcher = None
-        self._timer: asyncio.TimerHandle | None = None
-        self.sent_at = 0.0
 
     def hold(self, stream):
         """`stream`, from now on closed with the request. Call once the body is read."""
@@ -97,20 +94,8 @@ class Tether:
         self._watcher = asyncio.create_task(self._watch())
         return stream
 
-    def pulse(self) -> None:
-        """Nudge the stream whenever nothing has been sent for KEEP_ALIVE_S."""
-        loop = asyncio.get_running_loop()
-        now, period_s = loop.time(), sse.KEEP_ALIVE_S
-        self.sent_at = self.sent_at or now
-        if now - self.sent_at >= period_s:
-            self._stream.nudge()
-            self.sent_at = now
-        self._timer = loop.call_at(self.sent_at + period_s, self.pulse)
-
     def release(self) -> None:
         """The request is over: whatever of it still runs is aborted."""
-        if self._timer is not None:
-            self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
         if self._stream is not None:
@@ -168,16 +153,14 @@ class BlockingFrames:
         sent_at = time.monotonic()
         chunk = generation.start()
         if chunk:
-            access.wrote(len(chunk))
             yield chunk
         while not generation.finished:
             outputs = wait_blocking(self._stream, client, sent_at + sse.KEEP_ALIVE_S)
             if outputs == []:
                 return
-            chunk = sse.KEEP_ALIVE if outputs is None else advance(link, generation, outputs)
+            chunk = sse.KEEP_ALIVE if outputs is None else advance(link, generation, outputs, access)
             if chunk:
                 sent_at = time.monotonic()
-                access.wrote(len(chunk))
                 yield chunk
 
 
@@ -203,8 +186,9 @@ class WsgiClient:
             return True
 
 
-def advance(link, generation: Generation, outputs: list[Output]) -> bytes:
+def advance(link, generation: Generation, outputs: list[Output], access: Access) -> bytes:
     """Feed one batch of outputs and return all that can be sent now, the end included."""
+    access.got(outputs)
     try:
         chunk = generation.feed(outputs)
     except Exception as error:  # the status line is out: an error event is the only way to answer
@@ -213,34 +197,33 @@ def advance(link, generation: Generation, outputs: list[Output]) -> bytes:
         log.exception("a stream broke")
         generation.failed = EngineError("internal", "internal error")
         return getattr(generation, "broken", error_frame)(error)  # each dialect has its own
-    if generation.aborts:
-        for rid, index in generation.aborts:
-            link.abort(rid, index)
-        generation.aborts.clear()
-    if generation.finished and generation.stream:
+    for rid, index in generation.take_aborts():
+        link.abort(rid, index)
+    if generation.stream and generation.finished:
         chunk += generation.finish()
     return chunk
 
 
-async def frames_async(link, stream, generation: Generation, tether: Tether, access: Access) -> AsyncIterator[bytes]:
+async def frames_async(link, stream, generation: Generation, access: Access) -> AsyncIterator[bytes]:
     """The chunks of one ASGI stream; ends early when the client is gone."""
     now = asyncio.get_running_loop().time
-    tether.pulse()
+    sent_at = now()
     chunk = generation.start()
-    while True:
-        if chunk:
-            tether.sent_at = now()
-            access.wrote(len(chunk))
-            yield chunk
-        if generation.finished:
-            return
-        outputs = await stream.next()
-        if outputs:
-            chunk = advance(link, generation, outputs)
-        elif outputs is None:
+    if chunk:
+        yield chunk
+    while not generation.finished:
+        try:
+            async with asyncio.timeout_at(sent_at + sse.KEEP_ALIVE_S):
+                outputs = await stream.next()
+        except TimeoutError:
             chunk = sse.KEEP_ALIVE
         else:
-            return
+            if not outputs:
+                return
+            chunk = advance(link, generation, outputs, access)
+        if chunk:
+            sent_at = now()
+            yield chunk
 
 
 def wait_blocking(stream, client: WsgiClient, until: float) -> list[Output] | None:
@@ -280,13 +263,13 @@ async def _generate_async(link, generation: Generation, scope: dict, resp) -> Re
     await stream.accepted()  # so that a refusal still has a status of its own
     if generation.stream:
         resp.set_headers(sse.HEADERS)
-        resp.stream = frames_async(link, stream, generation, tether, access)
+        resp.stream = frames_async(link, stream, generation, access)
         return None
     while not generation.finished:
         outputs = await stream.next()
         if not outputs:
             return CLIENT_GONE
-        advance(link, generation, outputs)
+        advance(link, generation, outputs, access)
     return Reply(generation.body())
 
 
@@ -308,7 +291,7 @@ def _generate_blocking(link, generation: Generation, environ: dict, resp) -> Rep
             outputs = wait_blocking(stream, client, float("inf"))
             if not outputs:
                 return CLIENT_GONE
-            advance(link, generation, outputs)
+            advance(link, generation, outputs, access)
         return Reply(generation.body())
     finally:
         if not streaming:

@@ -17,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crane.kernels.paged_plan import PagedPlan, plan_rows
 from crane.kernels.pages import gather_kv, slot_index
+from crane.kernels.registry import kernel
+from crane.kernels.rows import why_not_pages
 
 # Padding a row to its group's longest costs work; one more group costs a round of small
 # operations, about as much as this many padded elements of K.
@@ -68,15 +71,17 @@ class AttentionPlan:
     prefill: list[PrefillRow]
 
 
-def plan_attention(
-    query_lens: list[int], query_starts: list[int], context_lens: list[int], page_table: Tensor, kv: Tensor
-) -> AttentionPlan:
-    """Index tensors and masks for the rows of one step.
+def _plan_torch(
+    kv: Tensor, query_lens: list[int], query_starts: list[int], context_lens: list[int], page_table: Tensor
+) -> AttentionPlan | PagedPlan:
+    """How the rows of one step are computed: index tensors and masks, or work for the Triton kernels.
 
     query_lens, query_starts, context_lens: one host int a row, as in `ForwardContext`.
     page_table: int64 [num_rows, max_pages]. kv: see `pages`; only its shape, dtype and
     device are read.
     """
+    if kv.dtype == torch.float8_e4m3fn:
+        return plan_rows(kv, query_lens, query_starts, context_lens, page_table)
     single = [row for row, count in enumerate(query_lens) if count == 1]
     longer = [row for row, count in enumerate(query_lens) if count > 1]
     return AttentionPlan(
@@ -87,16 +92,28 @@ def plan_attention(
     )
 
 
+def _why_not(kv: Tensor, *rows) -> str | None:
+    return why_not_pages(kv)
+
+
+plan_attention = kernel("attention", reference=_plan_torch, triton=plan_rows, why_not=_why_not, cases=())
+
+
 def paged_attention(
-    q: Tensor, k: Tensor, v: Tensor, kv: Tensor, layer: int, plan: AttentionPlan, scale: float
+    q: Tensor, k: Tensor | None, v: Tensor | None, kv: Tensor, layer: int, plan: AttentionPlan | PagedPlan,
+    scale: float, kv_scales: Tensor | None = None
 ) -> Tensor:
     """Attention of all rows of a step, in one layer.
 
     q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim], this
-    step's, which are in kv already (`write_kv`); num_heads is a multiple of num_kv_heads.
-    kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]. All of one dtype.
+    step's, which are in kv already (`qkv_post`); num_heads is a multiple of num_kv_heads.
+    A `PagedPlan` does without k and v.
+    kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]. All of one dtype, but
+    with a `PagedPlan` kv may be float8_e4m3fn, and kv_scales float32 [num_layers, 2].
     Returns [num_tokens, num_heads * head_dim].
     """
+    if isinstance(plan, PagedPlan):
+        return plan.attend(q, kv, layer, scale, kv_scales).flatten(1)
     if plan.decode and plan.decode[0].tokens is None:
         return _decode(q, kv, layer, plan.decode[0], scale).flatten(1)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

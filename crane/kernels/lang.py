@@ -12,6 +12,7 @@ try:
     import triton
     import triton.language as tl
     from triton import jit
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
     triton = None
 
@@ -24,7 +25,7 @@ except ImportError:
         def __call__(self, *args, **named) -> "_Absent":
             return self
 
-    tl = jit = _Absent()
+    tl = jit = TensorDescriptor = _Absent()
 
 # Triton's interpreter runs kernels on the CPU, slowly: for tests. It is chosen when Triton loads.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
@@ -43,11 +44,19 @@ def missing(device: torch.device) -> str | None:
 
 @functools.cache
 def arch() -> int:
-    """The GPU's architecture: 80, 90, 100 for NVIDIA's; 0 for other makers' and under the interpreter."""
-    if INTERPRETED:
+    """The GPU's architecture: 80, 90, 100 for NVIDIA's; 0 for others, under the interpreter and without one."""
+    if triton is None or INTERPRETED:
         return 0
-    target = triton.runtime.driver.active.get_current_target()
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:  # no GPU that Triton knows
+        return 0
     return target.arch if target.backend == "cuda" else 0
+
+
+def has_fp8() -> bool:
+    """Whether this GPU converts float8_e4m3fn."""
+    return INTERPRETED or arch() >= 89
 
 
 @functools.cache

@@ -35,12 +35,14 @@ class Case:
         shapes only.
     dtypes: what it makes sense with.
     production: as large as in a served model: compiled for every GPU and timed, too slow to interpret.
+    tolerance: if not the kernel's own.
     """
 
     name: str
     make: Callable[[str, torch.dtype], dict]
     dtypes: tuple[torch.dtype, ...] = lang.FLOATS
     production: bool = False
+    tolerance: float | None = None
 
 
 class Kernel:

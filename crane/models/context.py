@@ -6,6 +6,7 @@ from functools import cached_property
 from torch import Tensor
 
 from crane.kernels.attention import AttentionPlan, plan_attention
+from crane.kernels.paged_plan import PagedPlan
 from crane.kernels.pages import slot_index
 
 
@@ -23,6 +24,8 @@ class ForwardContext:
     context_lens: host ints, tokens a row has in pages *including* this step's.
     page_table: int64 [num_rows, max_pages], padded with 0 (page 0 is a real page).
     kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim], contiguous.
+    kv_scales: float32 [num_layers, 2], what keys and values in kv are multiplied with when
+        read, or None.
     """
 
     positions: Tensor
@@ -33,13 +36,19 @@ class ForwardContext:
     page_table: Tensor
     kv: Tensor
     page_size: int
+    kv_scales: Tensor | None = None
 
     @cached_property
-    def attention_plan(self) -> AttentionPlan:
-        """Index tensors and masks of the step's attention, shared by all layers."""
-        return plan_attention(self.query_lens, self.query_starts, self.context_lens, self.page_table, self.kv)
+    def attention_plan(self) -> AttentionPlan | PagedPlan:
+        """What the step's attention needs to know, shared by all layers."""
+        return plan_attention(self.kv, self.query_lens, self.query_starts, self.context_lens, self.page_table)
+
+    @cached_property
+    def wants_new_kv(self) -> bool:
+        """Whether attention takes this step's keys and values as they are, not from pages only."""
+        return isinstance(self.attention_plan, AttentionPlan)
 
     @cached_property
     def slot_index(self) -> Tensor:
-        """Where `write_kv` puts this step's keys and values, shared by all layers."""
+        """Where `qkv_post` puts this step's keys and values, shared by all layers."""
         return slot_index(self.slots, self.kv)

@@ -10,8 +10,8 @@ from crane.kernels.activation import silu_mul
 from crane.kernels.attention import paged_attention
 from crane.kernels.norm import rms_norm
 from crane.kernels.packed import PackedLinear
-from crane.kernels.pages import write_kv
-from crane.kernels.rope import rope, rope_tables
+from crane.kernels.qkv_post import qkv_post
+from crane.kernels.rope import rope_tables
 from crane.models.config import ModelConfig, RopeConfig
 from crane.models.context import ForwardContext
 from crane.models.weights import Weights
@@ -125,9 +125,13 @@ class Attention:
         hidden = config.hidden_size
         self.qkv = load_linear(weights, names, widths, hidden, config.qkv_bias)
         self.output = load_linear(weights, [f"{prefix}.o_proj"], [hidden], widths[0], config.output_bias)
-        self.norm_before = config.qk_norm == "before_rope"
-        self.norm_after = config.qk_norm == "after_rope"
+        self.bias = None
+        if isinstance(self.qkv, Linear) and self.qkv.weight.device.type == "cuda":
+            # where one kernel does all that follows the product, it adds the bias, too
+            self.bias, self.qkv.bias = self.qkv.bias, None
         self.eps = config.rms_norm_eps
+        self.norm_first = config.qk_norm == "before_rope"
+        self.norm_weight = None
         if config.qk_norm:
             q_name, k_name = (f"{prefix}.{name}.weight" for name in norm_names)
             q_weight = weights.tensor(q_name, (self.head_dim,)).expand(self.num_heads, -1)
@@ -137,16 +141,12 @@ class Attention:
 
     def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
         """x: [num_tokens, hidden]; angles: what `Rope` gives. Returns [num_tokens, hidden]."""
-        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
-        qk, v = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        if self.norm_before:
-            qk = rms_norm(qk, self.norm_weight, self.eps)
-        qk = rope(qk, *angles)
-        if self.norm_after:
-            qk = rms_norm(qk, self.norm_weight, self.eps)
-        q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
-        write_kv(ctx.kv, self.layer, ctx.slot_index, k, v)
-        return self.output(paged_attention(q, k, v, ctx.kv, self.layer, ctx.attention_plan, self.scale))
+        q, k, v = qkv_post(
+            self.qkv(x), ctx.kv, self.layer, ctx.slot_index, *angles, self.num_heads, norm_weight=self.norm_weight,
+            norm_first=self.norm_first, eps=self.eps, bias=self.bias, kv_scales=ctx.kv_scales, keep_kv=ctx.wants_new_kv,
+        )  # fmt: skip
+        attended = paged_attention(q, k, v, ctx.kv, self.layer, ctx.attention_plan, self.scale, ctx.kv_scales)
+        return self.output(attended)
 
 
 class GatedMLP:

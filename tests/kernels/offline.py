@@ -110,8 +110,15 @@ def compile_for(arch: str, names: list[str]) -> list[Variant]:
             for dtype in (torch.bfloat16,) if case.dtypes == lang.FLOATS else case.dtypes:
                 launched.clear()
                 arguments = case.make("meta", dtype)
-                assert (reason := kernel.why_not(**arguments)) is None, f"{kernel.name}, {case.name}: {reason}"
-                kernel.triton(**arguments)
+                if kernel.why_not(**arguments) is not None:
+                    continue  # this GPU cannot; which ones may be refused is tested
+                try:
+                    kernel.triton(**arguments)
+                except Exception as error:
+                    cause = error
+                    while cause.__cause__ is not None:
+                        cause = cause.__cause__
+                    raise RuntimeError(f"{arch}: {kernel.name}, {case.name}, {dtype}: {cause}") from error
                 for function, compiled in launched:
                     if id(compiled) not in seen:
                         seen.add(id(compiled))
@@ -173,16 +180,20 @@ def _amdgcn(text: str) -> tuple[list[tuple[str | None, str]], int, dict[str, int
 
 
 def main_loop(listing: list[tuple[str | None, str]]) -> int:
-    """Instructions in the longest loop; in the whole kernel when it has none."""
-    place, longest = {}, 0
-    for number, (label, instruction) in enumerate(listing):
+    """Instructions in the first loop with tensor-core work, else in the longest; in the whole kernel if it has none.
+
+    A loop ends with a branch back; those behind the kernel's end return from waits that are kept there.
+    """
+    ends = [number for number, (_, instruction) in enumerate(listing) if instruction.startswith(("EXIT", "s_endpgm"))]
+    place, loops = {}, []
+    for number, (label, instruction) in enumerate(listing[: ends[-1] + 1]):
         if label:
             place[label] = number
         target = re.search(r"BRA.*?`\((\.L_\S+)\)|s_c?branch\S*\s+(\.LBB\S+)", instruction)
-        if target and (start := place.get(target[1] or target[2])) is not None:
-            if number > start:  # a branch to itself is the trap behind the end
-                longest = max(longest, number - start + 1)
-    return longest or len(listing)
+        if target and (start := place.get(target[1] or target[2])) is not None and start < number:
+            loops.append([instruction for _, instruction in listing[start : number + 1]])
+    products = [len(body) for body in loops if any("MMA" in each or "mfma" in each for each in body)]
+    return products[0] if products else max(map(len, loops), default=len(listing))
 
 
 def compile_all(architectures: list[str], names: list[str]) -> Iterator[Variant]:

@@ -46,7 +46,7 @@ class Case:
         k = torch.cat([keys[-count:] for keys, count in zip(self.keys, self.query_lens)])
         v = torch.cat([values[-count:] for values, count in zip(self.values, self.query_lens)])
         write_kv(self.kv, self.layer, slot_index(self.slots, self.kv), k, v)
-        plan = plan_attention(self.query_lens, self.query_starts, self.context_lens, self.page_table, self.kv)
+        plan = plan_attention(self.kv, self.query_lens, self.query_starts, self.context_lens, self.page_table)
         return paged_attention(self.q, k, v, self.kv, self.layer, plan, self.scale)
 
     def expected(self):
@@ -96,7 +96,7 @@ def test_bfloat16_keeps_scores_in_float32():
 def test_lengths_far_apart_are_not_padded_to_the_longest():
     lengths = [5000, 4990, 30, 20, 10]
     case = Case([(1, length) for length in lengths], page_size=64)
-    plan = plan_attention(case.query_lens, case.query_starts, case.context_lens, case.page_table, case.kv)
+    plan = plan_attention(case.kv, case.query_lens, case.query_starts, case.context_lens, case.page_table)
     gathered = sum(group.index.numel() for group in plan.decode)
     assert len(plan.decode) == 2
     assert gathered < 1.05 * sum(lengths)

@@ -31,9 +31,10 @@ def variants():
 
 def test_every_architecture_has_every_variant(variants):
     keys = {arch: {variant.key for variant in variants if variant.arch == arch} for arch in ARCHITECTURES}
-    assert keys["90"] and keys["80"] and keys["100"]
-    assert {key.split(" | ")[0] for key in keys["80"]} == {key.split(" | ")[0] for key in keys["90"]}
-    assert keys["90"] == keys["100"]
+    cases = {arch: {key.rsplit(" | ", 1)[0] for key in each} for arch, each in keys.items()}
+    assert cases["90"] and cases["90"] == cases["100"]
+    for arch in ("80", "gfx942"):  # no float8_e4m3fn there
+        assert cases[arch] <= cases["90"] and all("fp8" in key for key in cases["90"] - cases[arch])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -56,10 +57,50 @@ def test_instructions_per_element_do_not_grow(variants, arch):
     assert {key: (kept[key], now) for key, now in ours.items() if now > SLACK * kept[key]} == {}
 
 
-def test_the_main_loop_is_the_longest_one_that_goes_back():
-    straight = [(None, "MOV"), (None, "EXIT")]
-    assert main_loop(straight) == 2
-    trap = [*straight, (".L_9", "BRA `(.L_9)")]
-    assert main_loop(trap) == 3
-    loop = [(None, "MOV"), (".L_1", "ADD"), (None, "MUL"), (None, "@P0 BRA `(.L_1)"), *trap]
-    assert main_loop(loop) == 3
+def by_function(variants, arch, function, **fields):
+    """Those of one Triton function whose fields are as given; there is at least one."""
+    found = [variant for variant in variants if (variant.arch, variant.function) == (arch, function)
+             and all(getattr(variant, name) == value for name, value in fields.items())]  # fmt: skip
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("arch, unit", [("80", "HMMA"), ("90", "HGMMA"), ("100", "UTCMMA"), ("gfx942", "MFMA")])
+def test_prefill_runs_on_the_tensor_cores_of_its_generation(variants, arch, unit):
+    for variant in by_function(variants, arch, "_prefill_kernel", dtype="bfloat16"):
+        assert variant.counts[unit] > 0, variant
+
+
+@pytest.mark.parametrize("arch", ["90", "100"])
+def test_prefill_leaves_whole_tiles_to_the_copy_engine(variants, arch):
+    for variant in by_function(variants, arch, "_prefill_kernel", dtype="bfloat16", kernel="paged_prefill"):
+        by_hand = any(word in variant.case for word in ("pages of 16", "fp8", "head_dim 80"))
+        assert (variant.counts["TMA"] == 0) == by_hand, variant
+        assert variant.counts["TMA"] or variant.counts["LDGSTS"] > 8, variant
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_decode_copies_keys_and_values_asynchronously(variants, arch):
+    for variant in by_function(variants, arch, "_decode_kernel"):
+        assert variant.counts["LDGSTS"] >= 16, variant
+        # queries, lengths, a page's number: what is read once may stall
+        assert variant.counts["LDG"] <= 16, variant
+
+
+@pytest.mark.parametrize("arch", ["90", "100"])
+def test_decode_has_the_issue_slots_that_full_bandwidth_leaves(variants, arch):
+    """An H200 issues about 31e12 lane instructions a second and reads 4.3e12 bytes."""
+    for variant in by_function(variants, arch, "_decode_kernel"):
+        bytes_each = 1 if "fp8" in variant.case else {"bfloat16": 2, "float16": 2, "float32": 4}[variant.dtype]
+        if "5 new tokens" not in variant.case:
+            assert variant.per_element < 31e12 / 4.3e12 * bytes_each, variant
+
+
+def test_the_main_loop_is_the_first_with_products_or_else_the_longest():
+    end = [(None, "EXIT"), (".L_8", "WAIT"), (".L_9", "BRA `(.L_9)"), (None, "BRA `(.L_0)")]
+    assert main_loop([(".L_0", "MOV"), *end]) == 5
+    short = [(".L_1", "ADD"), (None, "@P0 BRA `(.L_1)")]
+    long = [(".L_2", "ADD"), (None, "MUL"), (None, "BRA `(.L_2)")]
+    assert main_loop([(".L_0", "MOV"), *short, *long, *end]) == 3
+    products = [(".L_3", "HMMA.16816.F32"), (None, "@!P1 BRA `(.L_3)")]
+    assert main_loop([(".L_0", "MOV"), *long, *products, *end]) == 2

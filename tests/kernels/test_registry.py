@@ -103,9 +103,10 @@ def test_every_kernel_loads_and_computes_where_triton_is_absent():
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
         "from tests.kernels.cases import all_kernels\n"
-        "for kernel in all_kernels():\n"
+        "for kernel in (kernel for kernel in all_kernels() if kernel.cases):\n"
         "    case = next(case for case in kernel.cases if not case.production)\n"
-        "    kernel(*case.make('cpu', case.dtypes[0]).values())\n"
+        "    first, *rest = case.make('cpu', case.dtypes[0]).items()\n"
+        "    kernel(first[1], **dict(rest))\n"
         "print(len(all_kernels()))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

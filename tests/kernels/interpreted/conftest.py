@@ -12,6 +12,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["*"]
 else:
     pytest.importorskip("triton")
-    from tests.kernels import bfloat16
+    from tests.kernels import mends
 
-    bfloat16.install()
+    mends.install()

@@ -17,17 +17,17 @@ SMALL = [
 
 @pytest.mark.parametrize("kernel, case, dtype", SMALL)
 def test_the_twin_gives_what_the_reference_gives_in_float64(kernel, case, dtype):
-    assert run_case(kernel, case, dtype) <= kernel.tolerances[dtype]
+    assert run_case(kernel, case, dtype) <= (case.tolerance or kernel.tolerances[dtype])
 
 
-@pytest.mark.parametrize("kernel", all_kernels(), ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [kernel for kernel in all_kernels() if kernel.cases], ids=lambda kernel: kernel.name)
 def test_a_call_reaches_the_twin_when_it_is_forced(kernel, monkeypatch):
     case = next(case for case in kernel.cases if not case.production)
-    arguments = case.make("cpu", case.dtypes[0])
+    first, *rest = case.make("cpu", case.dtypes[0]).items()
     ran = []
     monkeypatch.setattr(kernel, "triton", lambda *args, **named: ran.append("twin"))
     with force("triton", kernel.name):
-        kernel(*arguments.values())
+        kernel(first[1], **dict(rest))
     assert ran == ["twin"]
 
 

@@ -1,11 +1,15 @@
-"""bfloat16 for Triton's interpreter.
+"""Three faults of Triton's interpreter (3.6), mended.
 
-The interpreter keeps a bfloat16 as its 16 bits in a uint16 and computes on those as if they were the number: wrong
-results, no error. Here every operation on such values sees float32 and gives its result rounded back, which is what
-GPUs do. Loads, stores and moves keep to the bits.
+It keeps a bfloat16 as its 16 bits in a uint16 and computes on those as if they were the number: wrong results, no
+error. Here every operation on such values sees float32 and gives its result rounded back, which is what GPUs do. Loads,
+stores and moves keep to the bits.
+
+Rounding up to float8 it loses the carry into the exponent. And it makes bounds of loops from arrays of one element,
+which NumPy no longer takes for numbers.
 """
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -60,6 +64,16 @@ def _cast(operation):
     return run
 
 
+def _round_to_float8(operation):
+    def run(builder, source, to, rounding_mode):
+        if source.dtype.scalar != tl.float32 or to.scalar != tl.float8e4nv:
+            return operation(builder, source, to, rounding_mode)
+        codes = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn).view(torch.uint8)
+        return Handle(codes.numpy().reshape(source.data.shape), to.scalar)
+
+    return run
+
+
 def _retyped(handle: Handle):
     kind, shape = handle.dtype.scalar, list(handle.data.shape)
     return tl.core.tensor(handle, tl.block_type(kind, shape) if shape and handle.data.size > 1 else kind)
@@ -79,6 +93,14 @@ def _reduction(apply):
     return run
 
 
+def _indexable(patch):
+    def run(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
+
+    return run
+
+
 def install() -> None:
     """Mend the interpreter of this process. Once is enough."""
     builder = interpreter.InterpreterBuilder
@@ -86,5 +108,7 @@ def install() -> None:
         setattr(builder, name, _in_float32(getattr(builder, name)))
     builder.create_dot = _dot(builder.create_dot)
     builder.cast_impl = _cast(builder.cast_impl)
+    builder.create_fp_to_fp = _round_to_float8(builder.create_fp_to_fp)
     builder.get_bf16 = lambda self, value: _narrow(Handle(np.array([value], np.float32), tl.float32))
     interpreter.ReduceScanOpInterface.apply = _reduction(interpreter.ReduceScanOpInterface.apply)
+    interpreter._patch_lang_tensor = _indexable(interpreter._patch_lang_tensor)
