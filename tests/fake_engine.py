@@ -17,7 +17,7 @@ from crane.runtime.types import (
 )
 
 STEP_S = 0.01
-BREAK_STEP, BREAK_EVERY_STEP, BREAK_ADD, REFUSE, FLOOD = 101, 102, 103, 104, 105
+BREAK_STEP, BREAK_EVERY_STEP, BREAK_ADD, REFUSE, FLOOD, STALL = 101, 102, 103, 104, 105, 106
 
 
 class FakeEngine:
@@ -83,6 +83,9 @@ class FakeEngine:
             if BREAK_EVERY_STEP in kinds:
                 self.step = self._broken
             raise RuntimeError("step is broken")
+        if STALL in kinds:  # for as long as the test wants
+            while self._said("stall"):
+                time.sleep(0.01)
         outputs = []
         for (rid, index), token in list(self.running.items()):
             request = self.requests[rid]
@@ -95,6 +98,10 @@ class FakeEngine:
             if last:
                 del self.running[rid, index]
         return outputs
+
+    def check(self) -> None:
+        with open(self.folder / "checks", "a") as checks:
+            checks.write(f"{len(self.running)}\n")
 
     def _broken(self) -> list[Output]:
         raise RuntimeError("every step is broken")

@@ -16,6 +16,7 @@ _ENGINE = {
     "rate_limited": (429, "rate_limit_error", "rate_limit_exceeded"),
     "loading": _UNAVAILABLE,
     "draining": _UNAVAILABLE,
+    "stuck": _UNAVAILABLE,
     "lost": _UNAVAILABLE,
     "failed": _UNAVAILABLE,
     "duplicate_rid": (400, "invalid_request_error", "duplicate_rid"),
@@ -25,7 +26,9 @@ _ENGINE = {
     "internal": (500, "server_error", "internal_error"),
 }
 RETRY_AFTER_S = {429: 1, 503: 2}
-_RETRY_AFTER_BY_STATUS_S = {"starting": 2.0, "loading": 2.0, "draining": 5.0, "lost": 2.0, "failed": 30.0}
+_RETRY_AFTER_BY_STATUS_S = {
+    "starting": 2.0, "loading": 2.0, "draining": 5.0, "stuck": 10.0, "lost": 2.0, "failed": 30.0,
+}  # fmt: skip
 
 
 def error_object(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -77,6 +80,7 @@ def not_ready(state: State) -> EngineError:
     message = {
         "loading": "the model is still loading",
         "draining": "the server is shutting down",
+        "stuck": "the engine is stuck",
         "lost": "the engine was lost and is being restarted",
         "failed": "the engine failed",
     }[code]

@@ -176,6 +176,7 @@ class Link:
         texts = {
             "loading": "the model is loading",
             "draining": "the server is stopping",
+            "stuck": f"the engine is stuck: {state.reason}",
             "lost": state.reason or "the engine is restarting",
             "failed": f"the engine cannot serve: {state.reason}",
         }

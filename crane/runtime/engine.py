@@ -22,6 +22,7 @@ from crane.runtime.grammar import GrammarCompiler, wait_any
 from crane.runtime.kv_cache import HostPages, allocate_pages, page_bytes
 from crane.runtime.metrics import Metrics
 from crane.runtime.pages import PagePool
+from crane.runtime.recovery import Recovery
 from crane.runtime.runner import ModelRunner
 from crane.runtime.scheduler import Scheduler
 from crane.runtime.sequence import Sequence, Status
@@ -77,6 +78,7 @@ class Engine:
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_ids)
         self._compiling: list[Sequence] = []  # new sequences whose grammar may yet turn out to be wrong
         self._stats = EngineStats(num_pages=num_pages, num_host_pages=num_host_pages)
+        self._recovery = Recovery(lambda batch: self.runner.run(batch), self.runner.free_memory)
         self._metrics = Metrics()
         self._prefill, self._decode = Rate(), Rate()
         self._forecast = Forecast(self.scheduler, settings.max_queue)
@@ -175,12 +177,21 @@ class Engine:
         """Forget all remembered prefixes; returns how many pages become blank."""
         return self.scheduler.flush()
 
+    def check(self) -> None:
+        """Prove, while nothing runs, that every page is accounted for; a ledger that is wrong starts anew, empty."""
+        try:
+            self.scheduler.check()
+        except AssertionError as error:
+            self._stats.ledger_faults += 1
+            log.critical("the ledger of KV pages is wrong (%s): what was cached is forgotten", error)
+            self.scheduler.reset()
+
     def fail_all(self, message: str) -> list[Output]:
         """End every request with an error: the last resort after a fault nobody in particular caused."""
         return self._fail(self.scheduler.find(None), message)
 
     def step(self) -> list[Output]:
-        """Plan, run and commit one step. A fault in it fails the requests of its batch, nobody else's."""
+        """Plan, run and commit one step. A fault in it fails the request that is to blame, nobody else's."""
         refused = self._refuse_grammars() + self._expire()
         batch = self.scheduler.plan()
         if batch.copies and (lost := self._copy(batch.copies)):
@@ -190,13 +201,11 @@ class Engine:
                 wait_any([s.constraint for s in self.scheduler.find(None) if s.constraint], _GRAMMAR_POLL_S)
             return refused
         started_s = time.perf_counter()
-        try:
-            picked = self.runner.run(batch)
-        except Exception as error:  # whatever went wrong, its requests must be answered
-            log.exception("a step of %d rows failed", len(batch.rows))
-            rids = {row.sequence.rid for row in batch.rows}
-            broken = [s for s in self.scheduler.find(None) if s.rid in rids]
-            return refused + self._fail(broken, f"the engine failed on this request: {type(error).__name__}")
+        picked, broken = self._recovery.run(batch)
+        for place, error in broken.items():
+            live = self.scheduler.find(batch.rows[place].sequence.rid)
+            refused += self._fail(live, f"the engine failed on this request: {type(error).__name__}")
+        self.scheduler.step_limit = self._recovery.max_tokens
         outputs = self.scheduler.commit(batch, picked)
         self._count(batch, outputs, time.perf_counter() - started_s)
         self._metrics.step(batch, outputs)
@@ -277,6 +286,7 @@ class Engine:
         drafter = scheduler.drafter
         stats.drafts, stats.drafted_tokens = drafter.num_drafts, drafter.num_drafted
         stats.accepted_tokens = drafter.num_accepted
+        stats.step_faults, stats.memory_shortages = self._recovery.num_faults, self._recovery.num_shortages
         stats.avg_decode_tokens_per_sec = round(self._decode.value, 2)
         stats.avg_prefill_tokens_per_sec = round(self._prefill.value, 2)
         stats.waiting_sequences = scheduler.num_waiting

@@ -32,8 +32,8 @@ class ModelRunner:
         self.page_size = kv.shape[3]
         self.device = kv.device
         self.sampler = Sampler(vocab_size, kv.device)
-        # of sequences whose mean is wanted: the sum of the hidden states so far
-        self._sums: weakref.WeakKeyDictionary[Sequence, Tensor] = weakref.WeakKeyDictionary()
+        # of sequences whose mean is wanted: the sums of their first hidden states, by how many these are
+        self._sums: weakref.WeakKeyDictionary[Sequence, dict[int, Tensor]] = weakref.WeakKeyDictionary()
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Picked]:
@@ -83,6 +83,11 @@ class ModelRunner:
             else:
                 picked[i].token_id, picked[i].logprob = token_id, logprob
 
+    def free_memory(self) -> None:
+        """Give back what torch keeps of the device's memory without using it."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _context(self, rows: list[Row]) -> ForwardContext:
         positions, slots, query_starts = [], [], []
         for row in rows:
@@ -115,9 +120,9 @@ class ModelRunner:
         if sequence.pooling == "last":
             return hidden[-1].float().tolist() if complete else None
         total = hidden.float().sum(0)
-        if row.start > 0:
-            total += self._sums[sequence]
-        self._sums[sequence] = total
+        before = self._sums[sequence][row.start] if row.start else torch.zeros_like(total)
+        total += before
+        self._sums[sequence] = {row.start: before, row.start + row.count: total}  # the step may be computed again
         return (total / sequence.num_prompt).tolist() if complete else None
 
     def _prompt_logprobs(self, row: Row, hidden: Tensor) -> list[TokenLogprob]:

@@ -48,6 +48,7 @@ class Scheduler:
         self.prefix_cache = prefix_cache
         self.drafter = drafter  # for sequences that have `drafts`
         self.costs = costs or Costs(page_bytes=0)
+        self.step_limit: int | None = None  # tokens of a step while memory is short
         self.num_preemptions = 0
         self.num_swaps = 0  # preemptions whose pages went to host memory
         self.num_cached_tokens = 0  # prompt tokens that did not have to be computed
@@ -85,8 +86,10 @@ class Scheduler:
         prompts = [s for s in self.running if s.num_wanted > 1]
         # of one tenant and class in the order they got their slots
         prompts.sort(key=lambda s: self.slots.rank(s)[:2])
-        budget = self.max_step_tokens
+        budget = min(self.max_step_tokens, self.step_limit or self.max_step_tokens)
         batch = Batch()
+        if len(decoding) > budget:  # while memory is short: those first that have had least
+            decoding = sorted(decoding, key=lambda s: s.quantum_used)[:budget]
         for sequence in decoding:
             # a sequence planned earlier may have taken this one's pages
             if sequence.status is Status.RUNNING and self._grow(sequence, batch):
@@ -391,6 +394,10 @@ class Scheduler:
     def expire(self) -> list[Output]:
         """End the sequences whose deadline has passed, with finish_reason "timeout"."""
         return self.end(self.roster.overdue(self.clock()), "timeout")
+
+    def reset(self) -> None:
+        """Start the ledger anew, with every page blank. Only while nothing lives."""
+        self.pool = self.pool.anew()
 
     def check(self) -> None:
         """Prove pages and lists consistent. Raises AssertionError."""

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -128,6 +129,7 @@ class Server:
         self._stop_now = False
         self._loaded: EngineInfo | None = None  # loaded, and not yet announced
         self._loaded_s = 0.0
+        self._stuck_since_s: float | None = None  # when the step began that is known to be stuck
 
     async def run(self) -> int:
         """Serve until there is nobody to serve. Returns the exit status. Raises SettingsError."""
@@ -145,6 +147,7 @@ class Server:
                 break
             if self._loaded is not None:
                 self._announce_ready()
+            self._watch_step()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), TICK_S if self._loaded is None else LOCK_TICK_S)
             self._wake.clear()
@@ -212,13 +215,26 @@ class Server:
 
     def drain(self) -> None:
         """SIGTERM: refuse what is new, finish what runs. A second signal ends at once."""
-        if self.state.status != "ready":  # loading, or the second signal
+        if self.state.status not in ("ready", "stuck"):  # loading, or the second signal
             self._stop_now = True
         else:
             self._drain_end_s = time.monotonic() + self.settings.graceful_timeout_s
             self._set(State("draining", info=self.state.info))
             self._stepper.drain()
         self._wake.set()
+
+    def _watch_step(self) -> None:
+        """Say so when a step takes too long, where it is, and when it is over after all."""
+        since_s, limit_s, state = self._stepper.step_since_s, self.settings.step_timeout_s, self.state
+        if state.status == "stuck" and since_s != self._stuck_since_s:
+            log.warning("the step that was stuck is over")
+            self._set(State("ready", info=state.info))
+        elif state.status == "ready" and limit_s and since_s and time.monotonic() - since_s > limit_s:
+            self._stuck_since_s = since_s
+            frame = sys._current_frames().get(self._stepper.ident)
+            stack = "".join(traceback.format_stack(frame)) if frame else "(unknown)\n"
+            log.error("a step has been running for %g s, it is here:\n%s", limit_s, stack)
+            self._set(State("stuck", reason=f"a step has been running for more than {limit_s:g} s", info=state.info))
 
     def _set(self, state: State) -> None:
         self.state = state

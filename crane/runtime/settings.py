@@ -89,6 +89,9 @@ class Settings:
         "lowest-first", "which of the requests' priorities run first: the lowest as in vLLM, or the highest as in "
         "SGLang", choices=("lowest-first", "highest-first"),
     )
+    step_timeout_s: float = _setting(
+        120.0, "seconds after which a step counts as stuck, and /health says so (0: never)", minimum=0
+    )
     linger_s: float = _setting(10.0, "seconds the engine outlives its last API worker", minimum=0)
     # API workers
     reasoning_field: str = _setting(

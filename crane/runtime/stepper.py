@@ -20,6 +20,8 @@ log = logging.getLogger("crane.engine")
 
 # So many steps in a row that gave nothing but errors mean that the engine is broken, not a request.
 MAX_BROKEN_STEPS = 5
+# After so long without work the engine proves that it has lost no page, once.
+IDLE_S = 1.0
 # What `post` carries when the loop wants the stepper to end once nothing runs.
 _DRAIN = object()
 
@@ -60,6 +62,8 @@ class Stepper(threading.Thread):
         self._waiting = Waiting()
         self._draining = False
         self._num_broken = 0
+        self._checked = True  # nothing was computed since the ledger was checked
+        self.step_since_s: float | None = None  # monotonic: since when the step under way runs; read by the loop
 
     def post(self, peer: Any, message: Generate | Abort | Call | None) -> None:
         """From any thread: a message of this peer, or None when the peer is gone."""
@@ -92,14 +96,16 @@ class Stepper(threading.Thread):
         while not self._draining or engine.has_work or not self._inbox.empty():
             messages = self._take(engine)
             messages += self._waiting.prepare(engine)
+            self._deliver(messages)  # an answer need not wait for the step
             if engine.has_work:
                 outputs = self._step(engine)
-                messages += self._route(outputs)
-                messages += self._waiting.follow(outputs)
-            if messages:
-                self._tell(self._listener.deliver, messages)
+                self._deliver(self._route(outputs) + self._waiting.follow(outputs))
             if self._num_broken >= MAX_BROKEN_STEPS:
                 raise RuntimeError(f"{self._num_broken} steps in a row failed")
+
+    def _deliver(self, messages: list[tuple]) -> None:
+        if messages:
+            self._tell(self._listener.deliver, messages)
 
     def _take(self, engine) -> list[tuple]:
         """Act on everything in the inbox; with nothing to compute, wait for it. Returns what to deliver."""
@@ -107,9 +113,13 @@ class Stepper(threading.Thread):
         wait = not engine.has_work and not self._draining
         while True:
             try:
-                peer, message = self._inbox.get(block=wait)
+                peer, message = self._inbox.get(wait, None if self._checked else IDLE_S)
             except queue.Empty:
-                return answers
+                if not wait:
+                    return answers
+                engine.check()
+                self._checked = True
+                continue
             wait = False
             if message is None:
                 self._forget(engine, peer)
@@ -167,11 +177,14 @@ class Stepper(threading.Thread):
             engine.abort(rid)
 
     def _step(self, engine) -> list[Output]:
+        self._checked = False
+        self.step_since_s = time.monotonic()
         try:
             outputs = engine.step()
         except Exception as error:  # the engine answers what it can itself; here all that runs is broken
             log.exception("an engine step failed")
             outputs = engine.fail_all(f"the engine failed: {type(error).__name__}")
+        self.step_since_s = None
         if outputs:
             # a grammar that does not work out is its request's fault
             broken = all(o.finish_reason == "error" and not (o.error or "").startswith("the grammar") for o in outputs)

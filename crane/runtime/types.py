@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
-EngineStatus = Literal["starting", "loading", "ready", "draining", "failed", "lost"]
+EngineStatus = Literal["starting", "loading", "ready", "stuck", "draining", "failed", "lost"]
 
 
 class Thinking(msgspec.Struct, frozen=True, array_like=True):
@@ -275,8 +275,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
 class State(msgspec.Struct, frozen=True, array_like=True, tag="state"):
     """Engine to API: first on every connection, and again at every change.
 
-    info is set when status is "ready" or "draining". While "loading",
-    loaded_bytes of total_bytes are in place. reason explains "failed".
+    info is set when status is "ready", "stuck" (for now: a step takes too long) or "draining". While "loading",
+    loaded_bytes of total_bytes are in place. reason explains "failed" and "stuck".
     """
 
     status: EngineStatus
@@ -314,6 +314,9 @@ class EngineStats(msgspec.Struct):
     drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    step_faults: int = 0  # steps that raised
+    memory_shortages: int = 0  # of those: for lack of memory
+    ledger_faults: int = 0  # times that pages were found unaccounted for
     uptime_s: float = 0.0
     kernels: dict[str, str] = {}  # what each runs in, "triton" or "torch", and why not in Triton
 

@@ -130,3 +130,14 @@ def test_abort_of_nothing_is_200(client, body):
 def test_abort_with_an_unknown_field_is_400(client):
     response = client().post("/abort_request", {"id": "a"})
     assert response.status == 400 and response.json()["message"] == "unknown field 'id'"
+
+
+def test_health_says_that_the_engine_is_stuck_and_why(client):
+    here = client(state=State("stuck", reason="a step has been running for more than 120 s"))
+    for path in ("/health", "/ready", "/health_generate"):
+        answer = here.get(path)
+        assert answer.status == 503 and answer.headers["retry-after"] == "2"
+        assert answer.json() == {"status": "stuck", "reason": "a step has been running for more than 120 s"}
+    refused = here.post("/v1/completions", {"prompt": "a"})
+    assert refused.status == 503 and "stuck: a step has been" in refused.json()["error"]["message"]
+    assert here.get("/v1/models").status == 200

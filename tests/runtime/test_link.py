@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from crane.runtime.client import Link, LinkThread
 from crane.runtime.settings import Settings
 from crane.runtime.types import Generate, Hello, SamplingParams, State
 from crane.runtime.wire import PROTOCOL, FrameReader, pack
-from tests.fake_engine import BREAK_ADD, BREAK_EVERY_STEP, BREAK_STEP, FLOOD, REFUSE
+from tests.fake_engine import BREAK_ADD, BREAK_EVERY_STEP, BREAK_STEP, FLOOD, REFUSE, STALL
 
 FAKE = (sys.executable, "-m", "tests.fake_engine")
 LONG = 100_000
@@ -400,6 +401,47 @@ def test_a_fault_in_one_request_or_step_is_answered_and_the_engine_serves_on(sce
             assert last.finish_reason == "error" and "RuntimeError" in last.error
         assert len(await collect(link.open([request("d")]))) == 3
         assert len(scene.starts) == 1
+
+    play(scene, script)
+
+
+def test_a_stuck_step_is_told_with_its_place_and_so_is_its_end(scene, capfd):
+    scene.settings = dataclasses.replace(scene.settings, step_timeout_s=0.3)
+    scene.say("stall")
+
+    async def script():
+        (link,) = await scene.ready()
+        stream = link.open([request("a", kind=STALL)])
+        await stream.accepted()
+        async with asyncio.timeout(5):
+            while link.state.status != "stuck":
+                await asyncio.sleep(0.02)
+        assert "more than 0.3 s" in link.state.reason and link.state.info is not None
+        with pytest.raises(EngineError, match="stuck") as raised:
+            link.open([request("b")])
+        assert raised.value.code == "stuck"
+        await asyncio.sleep(0.5)
+        (scene.folder / "stall").unlink()
+        assert len(await collect(stream)) == 3 and len(scene.starts) == 1
+        async with asyncio.timeout(5):
+            while link.state.status != "ready":
+                await asyncio.sleep(0.02)
+        assert len(await collect(link.open([request("c")]))) == 3
+
+    play(scene, script)
+    log = capfd.readouterr().err
+    assert log.count("a step has been running") == 1 and "fake_engine.py" in log and "time.sleep(0.01)" in log
+
+
+def test_an_idle_engine_checks_its_ledger_once(scene):
+    async def script():
+        (link,) = await scene.ready()
+        await asyncio.sleep(1.3)
+        checks = scene.folder / "checks"
+        assert not checks.exists()  # nothing has happened yet
+        await collect(link.open([request("a")]))
+        await asyncio.sleep(2.5)
+        assert checks.read_text() == "0\n"
 
     play(scene, script)
 
