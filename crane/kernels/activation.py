@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crane.kernels import native
 from crane.kernels.lang import FLOATS, jit, tl
 from crane.kernels.registry import Case, kernel
 
@@ -38,6 +39,17 @@ def _silu_mul_triton(gate_up: Tensor) -> Tensor:
     return out
 
 
+def _silu_mul_c(gate_up: Tensor) -> Tensor:
+    if gate_up.dtype not in native.DTYPES or gate_up.dim() != 2 or not gate_up.is_contiguous():
+        return NotImplemented
+    rows, width = gate_up.shape
+    out = torch.empty(rows, width // 2, dtype=gate_up.dtype)
+    native.library().crane_silu_mul(
+        gate_up.data_ptr(), out.data_ptr(), rows, width // 2, native.DTYPES[gate_up.dtype]
+    )
+    return out
+
+
 def _why_not(gate_up: Tensor) -> str | None:
     if gate_up.dtype not in FLOATS:
         return f"{gate_up.dtype} is not a number type it knows"
@@ -57,6 +69,7 @@ def _traffic(gate_up: Tensor) -> tuple[int, int]:
 
 silu_mul = kernel(
     "silu_mul", reference=_silu_mul_torch, triton=_silu_mul_triton, why_not=_why_not, traffic=_traffic,
+    in_c=_silu_mul_c,
     cases=(
         Case("one row", _case(1, 96)),
         Case("odd size", _case(3, 1029)),

@@ -7,8 +7,9 @@ that end at its `context_len`; everything before them lies in pages already. Sta
 are float32.
 
 Rows of one token (decode) run in groups of similar length, the query heads that share a
-K/V head folded into one small matrix. Longer rows run one by one. What depends on the
-step only, not on the layer, is worked out once, by `plan_attention`.
+K/V head folded into one small matrix. Longer rows run one by one. Where there are C kernels,
+rows of few tokens do neither: see `streamed`. What depends on the step only, not on the
+layer, is worked out once, by `plan_attention`.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from crane.kernels.paged_plan import PagedPlan, plan_rows
 from crane.kernels.pages import gather_kv, slot_index
 from crane.kernels.registry import kernel
 from crane.kernels.rows import why_not_pages
+from crane.kernels.streamed import StreamedRows, streamed_attention, streams
 
 # Padding a row to its group's longest costs work; one more group costs a round of small
 # operations, about as much as this many padded elements of K.
@@ -30,6 +32,8 @@ _GROUP_ELEMENTS = 1 << 23
 # Padding in such steps keeps a bfloat16 row's result the same bit for bit on the CPU, whatever
 # the length of the longest row in its group; it would differ in the last bits otherwise.
 _TOKEN_MULTIPLE = 32
+# Rows of up to so many tokens are streamed: one matrix product pays from about there.
+_STREAMED_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class AttentionPlan:
 
     decode: list[DecodeGroup]
     prefill: list[PrefillRow]
+    streamed: StreamedRows | None = None
 
 
 def _plan_torch(
@@ -82,13 +87,16 @@ def _plan_torch(
     """
     if kv.dtype == torch.float8_e4m3fn:
         return plan_rows(kv, query_lens, query_starts, context_lens, page_table)
-    single = [row for row, count in enumerate(query_lens) if count == 1]
-    longer = [row for row, count in enumerate(query_lens) if count > 1]
+    longest = _STREAMED_TOKENS if streams(kv) else 0
+    short = [row for row, count in enumerate(query_lens) if count <= longest]
+    single = [row for row, count in enumerate(query_lens) if longest < count == 1]
+    longer = [row for row, count in enumerate(query_lens) if count > max(longest, 1)]
     return AttentionPlan(
         [_plan_decode(rows, query_starts, context_lens, page_table, kv)
          for rows in _group_by_length(single, context_lens, kv.shape[4] * kv.shape[5])],
         [_plan_prefill(query_starts[row], query_lens[row], context_lens[row], page_table[row], kv)
          for row in longer],
+        _plan_streamed(short, query_lens, query_starts, context_lens, page_table) if short else None,
     )
 
 
@@ -117,6 +125,8 @@ def paged_attention(
     if plan.decode and plan.decode[0].tokens is None:
         return _decode(q, kv, layer, plan.decode[0], scale).flatten(1)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if plan.streamed:
+        streamed_attention(q, out, kv, layer, plan.streamed, scale)
     for group in plan.decode:
         attended = _decode(q.index_select(0, group.tokens), kv, layer, group, scale)
         out.index_copy_(0, group.tokens, attended)
@@ -185,6 +195,18 @@ def _plan_decode(
         tokens=tokens,
         index=_token_index(pages, place.masked_fill(padded, 0), kv),
         mask=mask[:, None, None],
+    )
+
+
+def _plan_streamed(
+    rows: list[int], query_lens: list[int], query_starts: list[int], context_lens: list[int], page_table: Tensor
+) -> StreamedRows:
+    places = [(row, place) for row in rows for place in range(query_lens[row])]
+    return StreamedRows(
+        tokens=torch.tensor([query_starts[row] + place for row, place in places]),
+        table_rows=torch.tensor([row for row, _ in places]),
+        lengths=torch.tensor([context_lens[row] - query_lens[row] + place + 1 for row, place in places]),
+        page_table=page_table.contiguous(),
     )
 
 

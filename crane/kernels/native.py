@@ -15,19 +15,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-import numpy as np
+import torch
 
 log = logging.getLogger("crane.kernels")
 
 SOURCES = Path(__file__).parent / "cpu"
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-Wno-psabi"]
 _BUILD_TIMEOUT_S = 120
+# what qkv_post has room for
+MAX_HEAD_DIM = 1024
 # A thread that waits looks for work so many times (about 20 to 100 us) before it sleeps.
 SPINS = 2000
-FLOAT32, BFLOAT16 = 0, 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _POINTER = c_void_p
 _SIGNATURES = {
@@ -38,6 +40,10 @@ _SIGNATURES = {
     "crane_pack_bf16": (None, [_POINTER] * 2 + [c_int64] * 2),
     "crane_rows": (None, [_POINTER, _POINTER, c_int64, _POINTER, c_int32]),
     "crane_linear": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int64, c_int32, c_int32]),
+    "crane_rms_norm": (None, [_POINTER, _POINTER, c_float, _POINTER, _POINTER, c_int64, c_int64, c_int64, c_int32]),
+    "crane_silu_mul": (None, [_POINTER, _POINTER, c_int64, c_int64, c_int32]),
+    "crane_qkv_post": (None, [_POINTER] * 6 + [c_int64] * 6 + [c_float, c_int32, c_int32]),
+    "crane_decode": (c_int32, [_POINTER] * 7 + [c_int64] * 9 + [c_float, c_int32]),
 }
 
 
@@ -154,26 +160,23 @@ def _run(command: list[str]) -> None:
 
 
 def check(path: str) -> None:
-    """Compute a little with the library at `path`, in every way it has. Raises AssertionError when it is wrong."""
+    """Compute a little with the library at `path`, in every way it multiplies. Raises AssertionError when wrong."""
     made = _open(Path(path))
     made.crane_set_threads(2, SPINS)
-    random = np.random.default_rng(0)
-    codes = random.integers(-8, 8, (48, 64), dtype=np.int8)
-    scale = np.full((48, 2), 0.5, np.float32)
+    torch.manual_seed(0)
+    codes = torch.randint(-8, 8, (48, 64), dtype=torch.int8)
+    scale = torch.full((48, 2), 0.5)
     weight = Weight(None, None, 48, 64, 4, 1, 0, 8)
-    panels = np.zeros(made.crane_weight_bytes(ctypes.byref(weight)), np.uint8)
-    weight.panels = panels.ctypes.data
-    made.crane_pack(ctypes.byref(weight), codes.ctypes.data, scale.ctypes.data, None, 0, 48)
-    x = random.integers(-127, 128, (19, 64)).astype(np.float32)
-    x[:, ::32] = 127  # so that 8 bits hold each value exactly
-    out = np.zeros((19, 48), np.float32)
-    halves = (x.view(np.uint32) >> 16).astype(np.uint16)  # as bfloat16, equally exact
-    for given, dtype, method in ((x, FLOAT32, 0), (halves, BFLOAT16, made.crane_has_amx())):
-        out[:] = 0
-        made.crane_linear(
-            ctypes.byref(weight), given.ctypes.data, 19, dtype, out.ctypes.data, 48, FLOAT32, method
-        )
-        assert np.allclose(out, x @ codes.T * 0.5, rtol=1e-5), f"method {method} computes something else"
+    panels = torch.zeros(made.crane_weight_bytes(ctypes.byref(weight)), dtype=torch.uint8)
+    weight.panels = panels.data_ptr()
+    made.crane_pack(ctypes.byref(weight), codes.data_ptr(), scale.data_ptr(), None, 0, 48)
+    x = torch.randint(-127, 128, (19, 64)).float()
+    x[:, ::32] = 127  # so that 8 bits hold each value exactly, as bfloat16 does
+    for given, method in ((x, 0), (x.bfloat16(), made.crane_has_amx())):
+        out = torch.zeros(19, 48)
+        kind = DTYPES[given.dtype]
+        made.crane_linear(ctypes.byref(weight), given.data_ptr(), 19, kind, out.data_ptr(), 48, 0, method)
+        assert torch.allclose(out, x @ codes.T.float() * 0.5, rtol=1e-5), f"method {method} computes something else"
 
 
 def has_amx() -> bool:

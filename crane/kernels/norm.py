@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from crane.kernels import native
 from crane.kernels.lang import FLOATS, jit, next_power_of_2, tl
 from crane.kernels.registry import Case, kernel
 
@@ -57,6 +58,18 @@ def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | N
     return out
 
 
+def _rms_norm_c(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    plain = x.dtype == weight.dtype and x.dtype in native.DTYPES and x.dim() == 2 and x.stride(1) == 1
+    if not plain or weight.dim() != 1 or not (residual is None or residual.is_contiguous()):
+        return NotImplemented
+    out = torch.empty(x.shape, dtype=x.dtype)
+    native.library().crane_rms_norm(
+        x.data_ptr(), weight.data_ptr(), eps, None if residual is None else residual.data_ptr(), out.data_ptr(),
+        x.shape[0], x.shape[1], x.stride(0), native.DTYPES[x.dtype],
+    )  # fmt: skip
+    return out
+
+
 def _why_not(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> str | None:
     if x.dtype not in FLOATS:
         return f"{x.dtype} is not a number type it knows"
@@ -97,6 +110,7 @@ def _traffic(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 rms_norm = kernel(
     "rms_norm", reference=_rms_norm_torch, triton=_rms_norm_triton, why_not=_why_not, traffic=_traffic,
+    in_c=_rms_norm_c,
     cases=(
         Case("one row", _case(1, 64)),
         Case("odd size", _case(5, 100)),

@@ -22,7 +22,6 @@ _KINDS = {
     "Q4_0": (4, 1, 0, 8), "Q4_1": (4, 1, 1, 0), "Q5_0": (5, 1, 0, 16), "Q5_1": (5, 1, 1, 0),
     "Q2_K": (4, 2, 1, 0), "Q3_K": (4, 2, 0, 8), "Q4_K": (4, 1, 1, 0), "Q5_K": (5, 1, 1, 0), "Q6_K": (6, 2, 0, 32),
 }  # fmt: skip
-_DTYPES = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 _PANEL_ROWS, _TILE_COLUMNS = 16, 32
 # elements taken apart at a time, while they are in a core's cache
 _PIECE = 1 << 19
@@ -47,7 +46,7 @@ class PackedWeight:
         """Rows of the matrix, an embedding's look-up. ids: int64 [num_rows]. Returns [num_rows, in_features]."""
         out = torch.empty(len(ids), self.struct.num_columns, dtype=dtype)
         native.library().crane_rows(
-            ctypes.byref(self.struct), ids.contiguous().data_ptr(), len(ids), out.data_ptr(), _DTYPES[dtype]
+            ctypes.byref(self.struct), ids.contiguous().data_ptr(), len(ids), out.data_ptr(), native.DTYPES[dtype]
         )
         return out
 
@@ -63,7 +62,7 @@ def can_pack(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         return False
     if kind == "BF16":
         return dtype == torch.bfloat16 and native.has_amx()
-    return kind in _KINDS and dtype in _DTYPES
+    return kind in _KINDS and dtype in native.DTYPES
 
 
 def pack_blocks(weight: BlockWeight) -> PackedWeight:
@@ -125,7 +124,7 @@ class PackedLinear:
         num_rows, width = x.shape[0], self.out_features
         x = x.contiguous()
         out = torch.empty(num_rows, width, dtype=dtype or x.dtype)
-        code, out_code, at, size = _DTYPES[x.dtype], _DTYPES[out.dtype], out.data_ptr(), out.itemsize
+        code, out_code, at, size = native.DTYPES[x.dtype], native.DTYPES[out.dtype], out.data_ptr(), out.itemsize
         for struct, start, amx_rows in self._plan:
             method = num_rows >= amx_rows and x.dtype == torch.bfloat16
             self._call(struct, x.data_ptr(), num_rows, code, at + start * size, width, out_code, method)

@@ -8,6 +8,7 @@ with `rms_norm` over a head and `rope` as in their own files. One launch on a GP
 import torch
 from torch import Tensor
 
+from crane.kernels import native
 from crane.kernels.lang import FLOATS, has_fp8, jit, next_power_of_2, tl
 from crane.kernels.norm import rms_norm
 from crane.kernels.pages import slot_index, write_kv
@@ -59,6 +60,28 @@ def _qkv_post_torch(qkv: Tensor, kv: Tensor, layer: int, index: Tensor, cos: Ten
         kept = index >= 0
         index, stored_k, stored_v = index[kept], stored_k[kept], stored_v[kept]
     write_kv(kv, layer, index, stored_k, stored_v)
+    return (q, k, v) if keep_kv else (q, None, None)
+
+
+def _qkv_post_c(qkv: Tensor, kv: Tensor, layer: int, index: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *,
+                norm_weight: Tensor | None = None, norm_first: bool = True, eps: float = 0.0,
+                bias: Tensor | None = None, kv_scales: Tensor | None = None,
+                skips: bool = False, keep_kv: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    kv_heads, head_dim = kv.shape[4:]
+    given = (qkv, kv, cos, sin) if norm_weight is None else (qkv, kv, cos, sin, norm_weight)
+    if (
+        bias is not None or kv_scales is not None or skips or head_dim > native.MAX_HEAD_DIM
+        or qkv.dtype not in native.DTYPES or kv.dtype != qkv.dtype or not all(each.is_contiguous() for each in given)
+        or (norm_weight is not None and norm_weight.dtype != qkv.dtype)
+    ):  # fmt: skip
+        return NotImplemented
+    page_size = kv.shape[3]
+    native.library().crane_qkv_post(
+        qkv.data_ptr(), kv.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+        None if norm_weight is None else norm_weight.data_ptr(), index.data_ptr(), qkv.shape[0], num_heads, kv_heads,
+        head_dim, 2 * layer * page_size, page_size, eps, norm_first, native.DTYPES[qkv.dtype],
+    )  # fmt: skip
+    q, k, v = qkv.view(len(qkv), -1, head_dim).split((num_heads, kv_heads, kv_heads), dim=1)
     return (q, k, v) if keep_kv else (q, None, None)
 
 
@@ -199,7 +222,7 @@ _BF16 = (torch.bfloat16,)
 
 qkv_post = kernel(
     "qkv_post", reference=_qkv_post_torch, triton=_qkv_post_triton, why_not=_why_not, traffic=_traffic,
-    elements=_elements, scratch=("qkv",),
+    elements=_elements, scratch=("qkv",), in_c=_qkv_post_c,
     cases=(
         Case("llama", _case(5, 4, 2, 64)),
         Case("Qwen2", _case(5, 7, 1, 64, bias=True, page_size=4)),

@@ -2,9 +2,10 @@
 
     rms_norm = kernel("rms_norm", reference=_rms_norm_torch, triton=_rms_norm_triton, why_not=_why_not, cases=_CASES)
 
-The reference accepts everything and is what runs on the CPU and on Metal. The twin takes the same arguments and runs
-on a GPU whenever `why_not` has no objection. Which of them runs can be forced, for one kernel or for all. When a call
-falls back although its device has Triton, that is logged once with the reason and kept for `report`.
+The reference accepts everything and is what runs on Metal, and on the CPU unless `in_c` takes the call: see `native`.
+The twin takes the same arguments and runs on a GPU whenever `why_not` has no objection. Which of them runs can be
+forced, for one kernel or for all. When a call falls back although its device has Triton, that is logged once with the
+reason and kept for `report`.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crane.errors import SettingsError
-from crane.kernels import lang
+from crane.kernels import lang, native
 
 log = logging.getLogger("crane.kernels")
 
@@ -60,6 +61,7 @@ class Kernel:
         self.name = name
         self.reference = reference
         self.triton = triton
+        self.in_c: Callable | None = None
         self.cases = cases
         self.tolerances = TOLERANCES | (tolerances or {})
         self.scratch = scratch
@@ -75,6 +77,10 @@ class Kernel:
     def __call__(self, first: Tensor, *args, **named):
         mode = self.mode
         if mode == "torch" or (mode == "auto" and not first.is_cuda):
+            if mode == "auto" and self.in_c and native.library() and first.device.type == "cpu":
+                result = self.in_c(first, *args, **named)
+                if result is not NotImplemented:
+                    return result
             return self.reference(first, *args, **named)
         if self.chooses_triton(first, *args, **named):
             return self.triton(first, *args, **named)
@@ -109,15 +115,18 @@ class Kernel:
 
 def kernel(name: str, *, reference: Callable, triton: Callable, why_not: Callable, cases: tuple[Case, ...],
            tolerances: dict | None = None, scratch: tuple[str, ...] = (), traffic: Callable | None = None,
-           elements: Callable = lambda function, constants: constants["BLOCK"]) -> Kernel:
+           elements: Callable = lambda function, constants: constants["BLOCK"],
+           in_c: Callable | None = None) -> Kernel:
     """Pair a torch reference with its Triton twin; see `Kernel`. reference, triton and why_not take the same arguments.
 
+    in_c, where there is one, is called on a CPU while the C kernels are loaded, and may return NotImplemented.
     why_not returns the reason why the twin cannot take a call, in words for the log, or None. It looks at shapes,
     strides and dtypes only.
     """
     assert name not in KERNELS, name
     made = KERNELS[name] = Kernel(name, reference, triton, why_not, cases, tolerances, scratch, traffic,
                                   elements)
+    made.in_c = in_c
     return made
 
 

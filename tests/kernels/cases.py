@@ -105,20 +105,23 @@ def error(got: Tensor, expected: Tensor) -> float:
     return distance.masked_fill(same, 0.0).nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
 
 
-def run_case(kernel: Kernel, case: Case, dtype: torch.dtype, device: str = "cpu") -> float:
+def run_case(kernel: Kernel, case: Case, dtype: torch.dtype, device: str = "cpu", in_c: bool = False) -> float | None:
     """Run the twin and, in float64, the reference; returns the larger error of results and arguments written.
 
+    in_c: run the C kernel in place of the twin; None when it does not take the case.
     Raises AssertionError when the twin refuses the case, writes where it must not or gives another type.
     """
     torch.manual_seed(0)
     arguments = case.make(device, dtype)
-    reason = kernel.why_not(**arguments)
+    reason = None if in_c else kernel.why_not(**arguments)
     assert reason is None, f"{kernel.name} refuses the case {case.name}: {reason}"
     exact_arguments = widened(arguments)
     exact = kernel.reference(**exact_arguments)
     guarded = Guarded(arguments)
     with poisoned_outputs():
-        got = kernel.triton(**guarded.arguments)
+        got = kernel.in_c(**guarded.arguments) if in_c else kernel.triton(**guarded.arguments)
+    if got is NotImplemented:
+        return None
     guarded.check()
     kept = {name: value for name, value in guarded.arguments.items() if name not in kernel.scratch}
     pairs = list(zip(tensors(got), tensors(exact), strict=True))

@@ -46,9 +46,26 @@ INLINE vf from_f16(const void *p) {
 }
 
 INLINE float sum_f(vf v) {
-    float sum = 0;
-    for (int i = 0; i < 16; i++) sum += v[i];
-    return sum;
+    typedef float v8 __attribute__((vector_size(32)));
+    typedef float v4 __attribute__((vector_size(16)));
+    union { vf all; v8 half[2]; } a = {v};
+    union { v8 all; v4 half[2]; } b = {a.half[0] + a.half[1]};
+    v4 c = b.half[0] + b.half[1];
+    return (c[0] + c[2]) + (c[1] + c[3]);
+}
+INLINE vf max_v(vf a, vf b) { vi larger = a > b; return (vf)(((vi)a & larger) | ((vi)b & ~larger)); }
+
+/* exp to 2 ulp for x <= 0 and down to where it leaves float; -inf gives a number below 1e-37.
+x = n ln 2 + r, exp(r) by its Taylor polynomial of degree 7 on |r| <= ln 2 / 2. */
+INLINE vf exp_v(vf x) {
+    x = max_v(x, SPREAD(-87.0f));
+    vf shifted = x * SPREAD(1.44269504f) + SPREAD(12582912.0f); /* 1.5 * 2^23: n in the low bits */
+    vf n = shifted - SPREAD(12582912.0f);
+    vf r = x - n * SPREAD(0.693359375f) + n * SPREAD(2.12194440e-4f);
+    vf p = SPREAD(1.9841270e-4f);
+    const float inverse_factorials[] = {1.3888889e-3f, 8.3333333e-3f, 4.1666667e-2f, 1.6666667e-1f, 0.5f, 1, 1};
+    for (int i = 0; i < 7; i++) p = p * r + SPREAD(inverse_factorials[i]);
+    return (vf)((vi)p + ((vi)shifted << 23));
 }
 
 /* Activations are bfloat16 or float32. */
@@ -71,5 +88,7 @@ INLINE void store_as1(void *p, int64_t i, float v, int dtype) {
 /* pool.c: calls task(argument, i) once for every i in [0, num_tasks), on all threads. */
 void crane_parallel(void (*task)(void *, int64_t), void *argument, int64_t num_tasks);
 int crane_threads(void);
+/* linear.c: whether AMX may be used */
+int crane_has_amx(void);
 /* memory of the calling thread, at least so large, 64-byte aligned; its content is lost at the next call */
 void *crane_scratch(size_t bytes);

@@ -1,0 +1,142 @@
+/* The small operators of a layer: RMS norm, the rotation of q and k, the gate of the MLP. Computed in float32. */
+#include "common.h"
+#include <math.h>
+
+/* rows of one task: enough work to be worth sharing */
+#define TASK_ELEMENTS 16384
+#define MAX_HEAD_DIM 1024
+
+static void run_rows(void (*task)(void *, int64_t), void *argument, int64_t rows, int64_t *rows_per_task,
+                     int64_t elements) {
+    *rows_per_task = 1 + TASK_ELEMENTS / (elements + 1);
+    crane_parallel(task, argument, (rows + *rows_per_task - 1) / *rows_per_task);
+}
+#define FOR_ROWS(p, index, row)                                                                      \
+    for (int64_t row = (index) * (p)->rows_per_task, end_ = row + (p)->rows_per_task;                \
+         row < (end_ < (p)->rows ? end_ : (p)->rows); row++)
+
+typedef struct {
+    const void *x, *weight;
+    void *residual, *out;
+    int64_t rows, size, stride, rows_per_task;
+    float eps;
+    int32_t dtype;
+} Norm;
+
+static void norm_task(void *argument, int64_t index) {
+    const Norm *p = argument;
+    FOR_ROWS(p, index, row) {
+        vf squares = {};
+        float tail = 0;
+        int64_t i = 0, from = row * p->stride, to = row * p->size;
+        const void *x = p->residual ? p->residual : p->x;
+        if (p->residual) {
+            for (; i + 16 <= p->size; i += 16)
+                store_as(p->residual, to + i, load_as_f(p->residual, to + i, p->dtype) + load_as_f(p->x, from + i, p->dtype), p->dtype);
+            for (; i < p->size; i++)
+                store_as1(p->residual, to + i, load_as_f1(p->residual, to + i, p->dtype) + load_as_f1(p->x, from + i, p->dtype), p->dtype);
+            from = to;
+        }
+        for (i = 0; i + 16 <= p->size; i += 16) {
+            vf v = load_as_f(x, from + i, p->dtype);
+            squares += v * v;
+        }
+        for (; i < p->size; i++) tail += load_as_f1(x, from + i, p->dtype) * load_as_f1(x, from + i, p->dtype);
+        float scale = 1 / sqrtf((sum_f(squares) + tail) / p->size + p->eps);
+        for (i = 0; i + 16 <= p->size; i += 16)
+            store_as(p->out, to + i, load_as_f(x, from + i, p->dtype) * SPREAD(scale) * load_as_f(p->weight, i, p->dtype), p->dtype);
+        for (; i < p->size; i++)
+            store_as1(p->out, to + i, load_as_f1(x, from + i, p->dtype) * scale * load_as_f1(p->weight, i, p->dtype), p->dtype);
+    }
+}
+
+/* x: rows of size elements, stride apart; residual (or NULL), out: [rows, size]; weight: [size]. All of one dtype. */
+void crane_rms_norm(const void *x, const void *weight, float eps, void *residual, void *out, int64_t rows,
+                    int64_t size, int64_t stride, int32_t dtype) {
+    Norm p = {x, weight, residual, out, rows, size, stride, 0, eps, dtype};
+    run_rows(norm_task, &p, rows, &p.rows_per_task, size);
+}
+
+typedef struct {
+    const void *gate_up;
+    void *out;
+    int64_t rows, size, rows_per_task;
+    int32_t dtype;
+} Gate;
+
+static void gate_task(void *argument, int64_t index) {
+    const Gate *p = argument;
+    FOR_ROWS(p, index, row) {
+        int64_t from = row * 2 * p->size, to = row * p->size, i = 0;
+        for (; i + 16 <= p->size; i += 16) {
+            vf gate = load_as_f(p->gate_up, from + i, p->dtype);
+            vf size = (vf)((vi)gate & 0x7fffffff), small = exp_v(-size);
+            /* sigmoid(g) = 1 / (1 + e^-g) = e^g / (1 + e^g): the one whose exponent is not above 0 */
+            vi positive = gate > (vf){};
+            vf top = (vf)(((vi)SPREAD(1.0f) & positive) | ((vi)small & ~positive));
+            vf up = load_as_f(p->gate_up, from + p->size + i, p->dtype);
+            store_as(p->out, to + i, gate * top / (SPREAD(1.0f) + small) * up, p->dtype);
+        }
+        for (; i < p->size; i++) {
+            float gate = load_as_f1(p->gate_up, from + i, p->dtype);
+            store_as1(p->out, to + i, gate / (1 + expf(-gate)) * load_as_f1(p->gate_up, from + p->size + i, p->dtype), p->dtype);
+        }
+    }
+}
+
+/* gate_up: [rows, 2 * size]; out: [rows, size]. */
+void crane_silu_mul(const void *gate_up, void *out, int64_t rows, int64_t size, int32_t dtype) {
+    Gate p = {gate_up, out, rows, size, 0, dtype};
+    run_rows(gate_task, &p, rows, &p.rows_per_task, size * 4);
+}
+
+typedef struct {
+    void *qkv, *kv;
+    const float *cos, *sin;      /* [rows, head_dim], the sine's first half negated */
+    const void *norm_weight;     /* [heads + kv_heads, head_dim] of dtype, or NULL */
+    const int64_t *index;        /* [rows], where keys go: in token vectors of layer 0 */
+    int64_t rows, heads, kv_heads, head_dim, key_start, page_size, rows_per_task;
+    float eps;
+    int32_t norm_first, dtype;
+} Rotate;
+
+INLINE void normalise_head(float *x, const Rotate *p, int64_t head) {
+    float sum = 0;
+    for (int64_t i = 0; i < p->head_dim; i++) sum += x[i] * x[i];
+    float scale = 1 / sqrtf(sum / p->head_dim + p->eps);
+    for (int64_t i = 0; i < p->head_dim; i++)
+        x[i] *= scale * load_as_f1(p->norm_weight, head * p->head_dim + i, p->dtype);
+}
+
+static void rotate_task(void *argument, int64_t index) {
+    const Rotate *p = argument;
+    int64_t dim = p->head_dim, half = dim / 2, size = p->dtype == BFLOAT16 ? 2 : 4;
+    int64_t width = (p->heads + 2 * p->kv_heads) * dim, kv_width = p->kv_heads * dim;
+    float x[MAX_HEAD_DIM], y[MAX_HEAD_DIM];
+    FOR_ROWS(p, index, row) {
+        char *q = (char *)p->qkv + row * width * size;
+        for (int64_t head = 0; head < p->heads + p->kv_heads; head++) {
+            int64_t at = head * dim;
+            for (int64_t i = 0; i < dim; i++) x[i] = load_as_f1(q, at + i, p->dtype);
+            if (p->norm_weight && p->norm_first) normalise_head(x, p, head);
+            const float *cos = p->cos + row * dim, *sin = p->sin + row * dim;
+            for (int64_t i = 0; i < half; i++) y[i] = x[i] * cos[i] + x[i + half] * sin[i];
+            for (int64_t i = 0; i < half; i++) y[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
+            if (p->norm_weight && !p->norm_first) normalise_head(y, p, head);
+            for (int64_t i = 0; i < dim; i++) store_as1(q, at + i, y[i], p->dtype);
+        }
+        char *k = q + p->heads * dim * size, *to = (char *)p->kv + (p->index[row] + p->key_start) * kv_width * size;
+        memcpy(to, k, kv_width * size);
+        memcpy(to + p->page_size * kv_width * size, k + kv_width * size, kv_width * size);
+    }
+}
+
+/* Heads of q and k are normalised if there is a weight, rotated in place, and k and v written to their pages.
+qkv: [rows, heads + 2 * kv_heads, head_dim]. key_start: where the layer's keys start, in token vectors. */
+void crane_qkv_post(void *qkv, void *kv, const float *cos, const float *sin, const void *norm_weight,
+                  const int64_t *index, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                  int64_t key_start, int64_t page_size, float eps, int32_t norm_first, int32_t dtype) {
+    Rotate p = {qkv, kv, cos, sin, norm_weight, index, rows, heads, kv_heads, head_dim,
+                key_start, page_size, 0, eps, norm_first, dtype};
+    run_rows(rotate_task, &p, rows, &p.rows_per_task, (heads + kv_heads) * head_dim);
+}

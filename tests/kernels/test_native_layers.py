@@ -1,0 +1,106 @@
+"""The C kernels of norm, gate, rotation and attention against the torch references they stand in for."""
+
+import pytest
+import torch
+
+from crane.kernels import native, registry
+from crane.kernels.activation import silu_mul
+from crane.kernels.attention import plan_attention
+from crane.kernels.norm import rms_norm
+from crane.kernels.qkv_post import _case as qkv_post_case
+from crane.kernels.qkv_post import qkv_post
+from crane.kernels.registry import Case as KernelCase
+from crane.runtime.settings import cache_dir
+from tests.kernels.cases import run_case
+from tests.kernels.test_attention import ROWS, Case
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def library():
+    """The kernels, loaded for one test."""
+    if native.load(cache_dir(), 2) is None:
+        pytest.skip(f"no C kernels here: {native.reason()}")
+    yield
+    native.unload()
+
+
+# what is left to torch: layers of a decoder never ask for it
+LEFT_TO_TORCH = {
+    ("rms_norm", "one weight a head"), ("silu_mul", "rows of a wider tensor"), ("qkv_post", "Qwen3"),
+    ("qkv_post", "Qwen2"), ("qkv_post", "Qwen2, pages only"), ("qkv_post", "everything, head_dim 80"),
+    ("qkv_post", "head_dim 96, tokens without a slot"), ("qkv_post", "fp8 pages"),
+}  # fmt: skip
+CASES = [
+    pytest.param(kernel, case, id=f"{kernel.name}-{case.name}")
+    for kernel in (rms_norm, silu_mul, qkv_post)
+    for case in kernel.cases
+    if not case.production
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel, case", CASES)
+def test_the_c_of_a_kernel_gives_what_the_reference_gives_in_float64(kernel, case, dtype):
+    error = run_case(kernel, case, dtype, in_c=True)
+    assert (error is None) == ((kernel.name, case.name) in LEFT_TO_TORCH)
+    assert error is None or error <= (case.tolerance or kernel.tolerances[dtype])
+
+
+@pytest.mark.parametrize("norm", ["first", "last"])
+@pytest.mark.parametrize("head_dim", [6, 64, 128])
+def test_heads_of_any_width_are_normalised_and_rotated(norm, head_dim):
+    case = KernelCase("plain", qkv_post_case(37, 6, 2, head_dim, norm=norm))
+    for dtype in DTYPES:
+        assert run_case(qkv_post, case, dtype, in_c=True) <= qkv_post.tolerances[dtype]
+
+
+def test_the_gate_holds_at_the_ends_of_the_range():
+    gate = torch.tensor([-1e4, -200.0, -87.5, -1.0, -0.0, 1.0, 88.0, 200.0, 1e30] * 4).view(2, 18)
+    both = torch.cat((gate, torch.ones_like(gate)), 1)
+    expected = torch.nn.functional.silu(gate.double()).float()
+    torch.testing.assert_close(silu_mul.in_c(both), expected, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("rows", [*ROWS.values(), [(1, 1300), (1, 513), (8, 1027), (9, 20)]], ids=[*ROWS, "long"])
+@pytest.mark.parametrize("heads, kv_heads, page_size", [(4, 2, 16), (7, 1, 16), (20, 1, 4), (3, 3, 1)])
+def test_attention_over_pages_equals_attention_written_out(rows, heads, kv_heads, page_size):
+    for dtype, head_dim, tolerance in ((torch.float32, 48, 1e-5), (torch.bfloat16, 64, 2e-2)):
+        case = Case(rows, heads=heads, kv_heads=kv_heads, page_size=page_size, head_dim=head_dim, dtype=dtype)
+        case.q *= 3
+        torch.testing.assert_close(case.run().double(), case.expected(), rtol=tolerance, atol=tolerance)
+
+
+def test_bfloat16_keeps_scores_in_float32():
+    case = Case(ROWS["all kinds in one step"], head_dim=64, dtype=torch.bfloat16, page_size=16)
+    case.q *= 8  # scores of about 100, where bfloat16 would be off by 0.25
+    assert (case.run().double() - case.expected()).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_the_same_bit_for_bit_alone_and_in_company(dtype):
+    rows = [(1, length) for length in (33, 1040, 47, 600, 12)]
+    make = {"page_size": 16, "head_dim": 64, "dtype": dtype}
+    together = Case(rows, **make).run()
+    for row in range(len(rows)):
+        case = Case(rows, **make)
+        case.q, case.slots = case.q[row : row + 1], case.slots[row : row + 1]
+        case.keys, case.values = case.keys[row : row + 1], case.values[row : row + 1]
+        case.query_lens, case.query_starts, case.context_lens = [1], [0], [rows[row][1]]
+        case.page_table = case.page_table[row : row + 1]
+        assert torch.equal(case.run()[0], together[row])
+
+
+def test_short_rows_are_streamed_and_long_ones_are_not():
+    case = Case([(1, 40), (8, 8), (9, 21)])
+    plan = plan_attention(case.kv, case.query_lens, case.query_starts, case.context_lens, case.page_table)
+    assert not plan.decode and len(plan.prefill) == 1
+    assert plan.streamed.tokens.tolist() == list(range(9))
+    assert plan.streamed.lengths.tolist() == [40, *range(1, 9)]
+
+
+def test_a_kernel_that_is_ruled_out_computes_in_torch():
+    x, weight = torch.randn(4, 64), torch.ones(64)
+    with registry.force("torch", "rms_norm"):
+        assert torch.equal(rms_norm(x, weight, 1e-6), rms_norm.reference(x, weight, 1e-6))
