@@ -21,15 +21,30 @@ _IQ4_CODES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 
 @dataclass(frozen=True)
 class Codes:
-    """Blocks taken apart.
+    """Blocks taken apart, nothing rounded: `scale` and `offset` follow from the fields as stored.
 
-    codes: uint8 or int8 [num_blocks, num_groups, group]; scale: float32 [num_blocks, num_groups];
-    offset: the same, or None where the type has none.
+    codes: uint8 or int8 [num_blocks, num_groups, group]. d, m: float16 [num_blocks, 1].
+    scales, mins: uint8 or int8 [num_blocks, num_groups], of types whose blocks hold several groups:
+    the scale is then d * scales, and the offset -(m * mins), not m.
     """
 
     codes: Tensor
-    scale: Tensor
-    offset: Tensor | None = None
+    d: Tensor
+    scales: Tensor | None = None
+    m: Tensor | None = None
+    mins: Tensor | None = None
+
+    @property
+    def scale(self) -> Tensor:
+        """float32 [num_blocks, num_groups]."""
+        return self.d.float() if self.scales is None else self.d.float() * self.scales
+
+    @property
+    def offset(self) -> Tensor | None:
+        """float32 [num_blocks, num_groups], or None where the type has none."""
+        if self.m is None:
+            return None
+        return self.m.float() if self.mins is None else -(self.m.float() * self.mins)
 
 
 @dataclass(frozen=True)
@@ -100,8 +115,8 @@ def dequantize(weight: BlockWeight, dtype: torch.dtype = torch.float32, out: Ten
         direct = out.dtype == torch.float32 and target.is_contiguous()
         values = target.view(piece.codes.shape).copy_(piece.codes) if direct else piece.codes.float()
         values.mul_(piece.scale.unsqueeze(2))
-        if piece.offset is not None:
-            values.add_(piece.offset.unsqueeze(2))
+        if (offset := piece.offset) is not None:
+            values.add_(offset.unsqueeze(2))
         if not direct:
             target.copy_(values.view(target.shape))
     return out
@@ -113,8 +128,8 @@ def gather_rows(weight: BlockWeight, ids: Tensor, dtype: torch.dtype = torch.flo
 
 
 def _halves(blocks: Tensor, start: int) -> Tensor:
-    """The float16 at byte `start` of each block: float32 [num_blocks, 1]."""
-    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
+    """The float16 at byte `start` of each block: [num_blocks, 1]."""
+    return blocks[:, start : start + 2].contiguous().view(torch.float16)
 
 
 def _nibbles(packed: Tensor) -> Tensor:
@@ -143,7 +158,7 @@ def _q4_0(blocks: Tensor) -> Codes:
 
 def _q4_1(blocks: Tensor) -> Codes:
     codes = _nibbles(blocks[:, None, 4:]).view(len(blocks), 1, 32)
-    return Codes(codes, _halves(blocks, 0), _halves(blocks, 2))
+    return Codes(codes, _halves(blocks, 0), m=_halves(blocks, 2))
 
 
 def _q5(blocks: Tensor, start: int) -> Tensor:
@@ -157,7 +172,7 @@ def _q5_0(blocks: Tensor) -> Codes:
 
 
 def _q5_1(blocks: Tensor) -> Codes:
-    return Codes(_q5(blocks, 4), _halves(blocks, 0), _halves(blocks, 2))
+    return Codes(_q5(blocks, 4), _halves(blocks, 0), m=_halves(blocks, 2))
 
 
 def k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +190,7 @@ def k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def _k_codes(blocks: Tensor, codes: Tensor) -> Codes:
     scales, minima = k_scales(blocks[:, 4:16])
-    return Codes(codes.view(-1, 8, 32), _halves(blocks, 0) * scales, -(_halves(blocks, 2) * minima))
+    return Codes(codes.view(-1, 8, 32), _halves(blocks, 0), scales, _halves(blocks, 2), minima)
 
 
 def _q4_k(blocks: Tensor) -> Codes:
@@ -191,13 +206,13 @@ def _q6_k(blocks: Tensor) -> Codes:
     low = _nibbles(blocks[:, :128].view(-1, 2, 64)).view(-1, 256)
     high = _fields(blocks[:, 128:192].view(-1, 2, 32), 2).view(-1, 256)
     codes = low.bitwise_or_(high << 4).view(torch.int8).sub_(32)
-    return Codes(codes.view(-1, 16, 16), _halves(blocks, 208) * blocks[:, 192:208].view(torch.int8))
+    return Codes(codes.view(-1, 16, 16), _halves(blocks, 208), blocks[:, 192:208].view(torch.int8))
 
 
 def _q2_k(blocks: Tensor) -> Codes:
     scales = blocks[:, :16]
     codes = _fields(blocks[:, 16:80].view(-1, 2, 32), 2).view(-1, 16, 16)
-    return Codes(codes, _halves(blocks, 80) * (scales & 15), -(_halves(blocks, 82) * (scales >> 4)))
+    return Codes(codes, _halves(blocks, 80), scales & 15, _halves(blocks, 82), scales >> 4)
 
 
 def _q3_k(blocks: Tensor) -> Codes:
@@ -206,7 +221,7 @@ def _q3_k(blocks: Tensor) -> Codes:
     codes = _fields(blocks[:, 32:96].view(-1, 2, 32), 2).view(-1, 256).view(torch.int8) - high.view(torch.int8)
     low = _nibbles(blocks[:, None, 96:104]).view(-1, 16)
     scales = low | (_fields(blocks[:, None, 104:108], 2).view(-1, 16) << 4)
-    return Codes(codes.view(-1, 16, 16), _halves(blocks, 108) * (scales.view(torch.int8) - 32))
+    return Codes(codes.view(-1, 16, 16), _halves(blocks, 108), scales.view(torch.int8) - 32)
 
 
 def _iq4(packed: Tensor) -> Tensor:
@@ -223,7 +238,7 @@ def _iq4_xs(blocks: Tensor) -> Codes:
     low = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), dim=2).view(-1, 8)
     high = _fields(blocks[:, None, 2:4], 2)[:, 0].transpose(1, 2).reshape(-1, 8)
     scales = (low | (high << 4)).view(torch.int8) - 32
-    return Codes(_iq4(blocks[:, 8:].view(-1, 8, 16)), _halves(blocks, 0) * scales)
+    return Codes(_iq4(blocks[:, 8:].view(-1, 8, 16)), _halves(blocks, 0), scales)
 
 
 BLOCK_KINDS = {
