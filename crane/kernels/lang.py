@@ -1,7 +1,7 @@
 """The one import of Triton. Crane loads and serves without it; kernels then run their torch references.
 
-`jit` and `tl` are what kernels are written with. Where Triton is absent they are stand-ins that let the source
-load and can do nothing else.
+`jit`, `tl` and `constexpr_function` are what kernels are written with. Where Triton is absent they are stand-ins that
+let the source load and can do nothing else.
 """
 
 import functools
@@ -11,7 +11,7 @@ import torch
 try:
     import triton
     import triton.language as tl
-    from triton import jit
+    from triton import constexpr_function, jit
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
     triton = None
@@ -25,7 +25,7 @@ except ImportError:
         def __call__(self, *args, **named) -> "_Absent":
             return self
 
-    tl = jit = TensorDescriptor = _Absent()
+    tl = jit = constexpr_function = TensorDescriptor = _Absent()
 
 # Triton's interpreter runs kernels on the CPU, slowly: for tests. It is chosen when Triton loads.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret

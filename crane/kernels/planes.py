@@ -1,20 +1,22 @@
 """GGUF blocks re-packed for a GPU: the same bits in planes that whole tiles can be read from.
 
-A block of 18, 144 or 210 bytes can be read neither in 16-byte pieces nor side by side with its
-neighbours. So each weight is taken apart once, at load: codes, scales and offsets each get a plane,
-groups of the input outermost, then output rows, then the codes of the group. A tile of rows is one
-contiguous piece in each plane, and one step along the input is one group. Nothing is rounded.
-
-    weight[n, k] = scale[k // group, n] * (code[k // group, n, k % group] - zero) + offset[k // group, n]
+A block of 18, 144 or 210 bytes can be read neither in 16-byte pieces nor side by side with its neighbours. So
+each weight is taken apart once, at load. Planes are cut along the input into steps of 64 codes; a step holds all
+output rows, one beside the other, so that a tile of rows is one contiguous piece of every plane. Scales travel
+in words of four bytes, the least that a GPU copies in the background. Nothing is rounded.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from crane.kernels.blocks import BLOCK_KINDS, BlockWeight, Codes, unpack
 
+# Codes that lie together, and input columns of one step: two such runs.
+RUN = 32
+STEP = 2 * RUN
 # Elements re-packed at a time, so that memory beside the planes stays bounded.
 _PIECE = 1 << 24
 
@@ -23,55 +25,65 @@ _PIECE = 1 << 24
 class PlaneFormat:
     """How one kind of block is laid out in planes.
 
-    bits: of a code; 8 is a plane of int8, less are a plane of low nibbles, two groups to a byte, and one
-    of what is above the nibble. group: codes that share a scale. zero: the code of value 0.
+    bits: of a code; 8 is a plane of int8, less are a plane of low nibbles, two runs to a byte, and one
+    of what is above the nibble. zero: the code of value 0.
     """
 
     bits: int
-    group: int
     zero: int
 
     @property
-    def groups_a_high_byte(self) -> int:
-        """Groups whose high bits share the bytes of the high plane."""
-        return 8 // (self.bits - 4)
+    def steps_a_high_byte(self) -> int:
+        """Steps whose high bits share the bytes of the high plane."""
+        return 4 // (self.bits - 4)
 
 
 PLANE_FORMATS = {
-    "Q8_0": PlaneFormat(8, 32, 0),
-    "Q4_0": PlaneFormat(4, 32, 8),
-    "Q4_1": PlaneFormat(4, 32, 0),
-    "Q5_0": PlaneFormat(5, 32, 16),
-    "Q5_1": PlaneFormat(5, 32, 0),
-    "Q4_K": PlaneFormat(4, 32, 0),
-    "Q5_K": PlaneFormat(5, 32, 0),
-    "Q6_K": PlaneFormat(6, 16, 32),
+    "Q8_0": PlaneFormat(8, 0),
+    "Q4_0": PlaneFormat(4, 8),
+    "Q4_1": PlaneFormat(4, 0),
+    "Q5_0": PlaneFormat(5, 16),
+    "Q5_1": PlaneFormat(5, 0),
+    "Q4_K": PlaneFormat(4, 0),
+    "Q5_K": PlaneFormat(5, 0),
+    "Q6_K": PlaneFormat(6, 32),
 }
 
 
 @dataclass(frozen=True)
 class Planes:
-    """A matrix [out_features, in_features] whose codes and scales lie in planes.
+    """A matrix [out_features, in_features] whose codes and scales lie in planes. What is missing from the last
+    step is 0.
 
-    codes: int8 [num_groups, out, group] where the kind has 8 bits, else the low nibbles, uint8
-        [ceil(num_groups / 2), out, group]: group 2i in the low half of a byte, 2i + 1 in the high half.
-    high: the bits above the nibbles, lowest group first, uint8 [ceil(num_groups / groups_a_high_byte), out, group].
-    d, m: float16 [num_groups / groups of one block, out]; scales, mins: [num_groups, out]; see `Codes`.
+    codes: int8 [2 * num_steps, out, 32] where the kind has 8 bits, else the low nibbles, uint8 [num_steps, out, 32]:
+        a step's first run in the low half of each byte, its second in the high half.
+    high: the bits above the nibbles, first run lowest, uint8 [ceil(num_steps / steps_a_high_byte), out, 32].
+    scales: int32 [num_steps, out], lowest first: two float16 `d`, one a run; of Q4_K and Q5_K four bytes, two
+        `scales` and two `mins`; of Q6_K four `scales`, one for 16 codes.
+    more: int32: two float16 `m` [num_steps, out]; of K types [num_blocks, out], `d` and then `m`, if there is one.
     """
 
     kind: str
     shape: tuple[int, int]
     codes: Tensor
     high: Tensor | None
-    d: Tensor
-    scales: Tensor | None
-    m: Tensor | None
-    mins: Tensor | None
+    scales: Tensor
+    more: Tensor | None
 
     @property
     def format(self) -> PlaneFormat:
         """The layout of this kind."""
         return PLANE_FORMATS[self.kind]
+
+    @property
+    def nested(self) -> bool:
+        """Whether several groups share the float16 scale of a block."""
+        return BLOCK_KINDS[self.kind].elements > 32
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether groups have an offset beside their scale."""
+        return self.kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +97,7 @@ class Planes:
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The planes, in the order kernels take them."""
-        return self.codes, self.high, self.d, self.scales, self.m, self.mins
+        return self.codes, self.high, self.scales, self.more
 
 
 def pack(weight: BlockWeight) -> Planes:
@@ -108,33 +120,47 @@ def pack(weight: BlockWeight) -> Planes:
 def _pack_rows(kind: str, num_rows: int, fields: Codes) -> list[Tensor | None]:
     """The planes of some rows, in the order of `Planes.tensors`."""
     form = PLANE_FORMATS[kind]
-    codes = fields.codes.reshape(num_rows, -1, form.group)  # [num_rows, num_groups, group]
+    codes = _whole_steps(fields.codes.reshape(num_rows, -1, RUN))
     high = None
     if form.bits < 8:
         codes = codes.view(torch.uint8) + form.zero
         high = _merge(codes >> 4, form.bits - 4) if form.bits > 4 else None
         codes = _merge(codes & 15, 4)
+    d, scales, m, mins = (
+        None if values is None else values.reshape(num_rows, -1, 1)
+        for values in (fields.d, fields.scales, fields.m, fields.mins)
+    )
+    if scales is None:
+        scales, more = (None if half is None else _whole_steps(half) for half in (d, m))
+    else:
+        if mins is not None:
+            scales = torch.cat((scales.view(num_rows, -1, 2), mins.view(num_rows, -1, 2)), 2)
+        more = torch.cat((d, torch.zeros_like(d) if m is None else m), 2)
 
-    def spread(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.reshape(num_rows, -1).T.contiguous()
+    def words(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.flatten().view(torch.int32).view(num_rows, -1).T.contiguous()
 
-    planes = [codes.transpose(0, 1).contiguous(), None if high is None else high.transpose(0, 1).contiguous()]
-    return planes + [spread(values) for values in (fields.d, fields.scales, fields.m, fields.mins)]
+    planes = [None if plane is None else plane.transpose(0, 1).contiguous() for plane in (codes, high)]
+    return [*planes, words(scales), words(more)]
+
+
+def _whole_steps(runs: Tensor, count: int = 2) -> Tensor:
+    """[num_rows, num_runs, size], zeros added to make the number of runs a multiple of `count`."""
+    return F.pad(runs, (0, 0, 0, -runs.shape[1] % count))
 
 
 def _merge(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [num_rows, num_groups, group] of `bits` bits each -> 8 / bits groups in one, missing ones 0."""
-    count = 8 // bits
-    codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[1] % count))
+    """uint8 [num_rows, num_runs, 32] of `bits` bits each -> 8 / bits runs in one, missing ones 0."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)[:, None]
+    codes = _whole_steps(codes, len(shifts)).unflatten(1, (-1, len(shifts)))
     # no two share a bit, so their sum is their union
-    return (codes.unflatten(1, (-1, count)) << shifts).sum(2, dtype=torch.uint8)
+    return (codes << shifts).sum(2, dtype=torch.uint8)
 
 
-def _split(merged: Tensor, bits: int, num_groups: int) -> Tensor:
-    """The inverse of `_merge` on planes: uint8 [n, rows, group] -> [num_groups, rows, group]."""
+def _split(merged: Tensor, bits: int) -> Tensor:
+    """The inverse of `_merge` on planes: uint8 [n, rows, 32] -> [n * 8 / bits, rows, 32]."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=merged.device)[:, None, None]
-    return ((merged[:, None] >> shifts) & ((1 << bits) - 1)).flatten(0, 1)[:num_groups]
+    return ((merged[:, None] >> shifts) & ((1 << bits) - 1)).flatten(0, 1)
 
 
 def unpack_planes(planes: Planes, rows: Tensor | slice = slice(None)) -> Codes:
@@ -142,32 +168,65 @@ def unpack_planes(planes: Planes, rows: Tensor | slice = slice(None)) -> Codes:
 
     rows: int64 [num_rows], or a slice.
     """
-    form, block = planes.format, BLOCK_KINDS[planes.kind]
-    num_groups, groups_a_block = planes.shape[1] // form.group, block.elements // form.group
-    codes, high, *fields = (None if plane is None else plane[:, rows] for plane in planes.tensors())
+    form, block, num_runs = planes.format, BLOCK_KINDS[planes.kind], planes.shape[1] // RUN
+    codes, high, scales, more = (None if plane is None else plane[:, rows] for plane in planes.tensors())
     if form.bits < 8:
-        codes = _split(codes, 4, num_groups)
+        codes = _split(codes, 4)
         if high is not None:
-            codes = codes | (_split(high, form.bits - 4, num_groups) << 4)
+            codes = codes | (_split(high, form.bits - 4)[: len(codes)] << 4)
         codes = (codes - form.zero).view(torch.int8)
-    codes = codes.transpose(0, 1).reshape(-1, groups_a_block, form.group)
-    d, scales, m, mins = (None if values is None else values.T for values in fields)
-    return Codes(
-        codes,
-        d.reshape(-1, 1),
-        None if scales is None else scales.reshape(-1, groups_a_block),
-        None if m is None else m.reshape(-1, 1),
-        None if mins is None else mins.reshape(-1, groups_a_block),
-    )
+    groups_a_block = 16 if planes.kind == "Q6_K" else block.elements // RUN
+    codes = codes[:num_runs].transpose(0, 1).reshape(-1, groups_a_block, block.elements // groups_a_block)
+
+    def halves(words: Tensor) -> Tensor:
+        # flat first: a single word a row counts as contiguous whatever its stride
+        return words.T.flatten().view(torch.float16).view(words.shape[1], 2 * words.shape[0])
+
+    if not planes.nested:
+        d, m = (None if words is None else halves(words)[:, :num_runs].reshape(-1, 1) for words in (scales, more))
+        return Codes(codes, d, m=m)
+    d, m = halves(more).view(-1, 2).split(1, 1)
+    scales = scales.T.flatten().view(torch.uint8)
+    if not planes.has_offset:
+        return Codes(codes, d, scales.view(torch.int8).view(-1, groups_a_block))
+    scales, mins = (part.reshape(-1, groups_a_block) for part in scales.view(-1, 2, 2).unbind(1))
+    return Codes(codes, d, scales, m, mins)
 
 
 def dequantize_planes(planes: Planes, dtype: torch.dtype, rows: Tensor | slice = slice(None)) -> Tensor:
-    """The values of some rows: [num_rows, in_features], rounded once to `dtype`.
+    """The values of some rows: [num_rows, in_features], computed in float32 and rounded once to `dtype`.
 
-    rows: int64 [num_rows], or a slice.
+    rows: int64 [num_rows], or a slice. dtype: float64 is computed in float64.
     """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     fields = unpack_planes(planes, rows)
-    values = fields.codes.float().mul_(fields.scale.unsqueeze(2))
+    values = fields.codes.to(wide).mul_(fields.scale.unsqueeze(2))  # scale and offset are exact in float32
     if (offset := fields.offset) is not None:
         values.add_(offset.unsqueeze(2))
     return values.reshape(-1, planes.shape[1]).to(dtype)
+
+
+def random_planes(kind: str, num_rows: int, width: int, device: torch.device | str) -> Planes:
+    """A weight of random codes and scales, values near 0.1 in size: for tests and timing."""
+    form, num_steps = PLANE_FORMATS[kind], -(-width // STEP)
+    nested = BLOCK_KINDS[kind].elements > RUN
+
+    def codes(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        info = torch.iinfo(dtype)
+        return torch.randint(info.min, info.max + 1, shape, dtype=dtype, device=device)
+
+    def halves(count: int, size: float) -> Tensor:
+        values = torch.rand(count, num_rows, 2, device=device).add_(0.1).mul_(size)
+        return values.half().view(torch.int32)[..., 0]
+
+    size = 0.2 / (1 << form.bits)
+    high = codes(-(-num_steps // form.steps_a_high_byte), num_rows, RUN) if 4 < form.bits < 8 else None
+    if form.bits == 8:
+        low = codes(2 * num_steps, num_rows, RUN, dtype=torch.int8)
+    else:
+        low = codes(num_steps, num_rows, RUN)
+    if nested:
+        scales, more = codes(num_steps, num_rows, dtype=torch.int32), halves(-(-width // 256), size / 64)
+    else:
+        scales, more = halves(num_steps, size), halves(num_steps, 0.1) if kind[-1] == "1" else None
+    return Planes(kind, (num_rows, width), low, high, scales, more)

@@ -96,6 +96,14 @@ def test_decode_has_the_issue_slots_that_full_bandwidth_leaves(variants, arch):
             assert variant.per_element < 31e12 / 4.3e12 * bytes_each, variant
 
 
+def test_quantised_products_run_on_tensor_cores_and_wait_for_no_load(variants):
+    linear = [variant for variant in variants if variant.function == "_linear_kernel" and variant.arch[0] != "g"]
+    for variant in linear:
+        assert any(variant.counts[name] for name in ("HMMA", "HGMMA", "UTCMMA")), str(variant)
+        assert variant.counts["LDGSTS"] > variant.counts["LDG"], str(variant)
+    assert {variant.arch for variant in linear} == {"80", "90", "100"}
+
+
 def test_the_main_loop_is_the_first_with_products_or_else_the_longest():
     end = [(None, "EXIT"), (".L_8", "WAIT"), (".L_9", "BRA `(.L_9)"), (None, "BRA `(.L_0)")]
     assert main_loop([(".L_0", "MOV"), *end]) == 5

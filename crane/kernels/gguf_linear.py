@@ -1,0 +1,356 @@
+"""y = x @ weight.T + bias with the weight in GGUF planes, taken apart in registers.
+
+Few rows of x: codes are small integers, exact in every dtype, so they enter the tensor cores as they are,
+one group at a time, and scale and offset are applied to each group's float32 product:
+
+    y[m, n] = sum_g  scale[g, n] * (x[m, g] . code[n, g])  +  offset[g, n] * sum(x[m, g])
+
+Many rows: the tile of weights is rounded to x's dtype first, as a model dequantised at load would hold it.
+The input may be cut into parts that different programs add up; the parts are then summed in order, so that
+the same call gives the same bits every time.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crane.kernels import lang
+from crane.kernels.lang import FLOATS, constexpr_function, jit, tl
+from crane.kernels.planes import PLANE_FORMATS, STEP, Planes, dequantize_planes, random_planes
+from crane.kernels.registry import Case, kernel
+
+# Most programs that add up one tile, and the programs a multiprocessor should have to work on.
+_MAX_PARTS = 16
+_PROGRAMS_A_PROCESSOR = 4
+
+
+def _gguf_linear_torch(x: Tensor, planes: Planes, bias: Tensor | None = None, invariant: bool = False) -> Tensor:
+    """y = x @ weight.T + bias.
+
+    x: [num_rows, in_features]; planes: a weight [out_features, in_features]; bias: [out_features] of x's dtype.
+    invariant: a row's result does not depend on how many rows there are. Returns [num_rows, out_features].
+    """
+    return F.linear(x, dequantize_planes(planes, x.dtype), bias)
+
+
+# results and operands of `_fast_codes`
+_REGISTERS = tl.constexpr("=r,=r,=r,=r,r,r")
+
+
+@constexpr_function
+def _fast_codes(bits, zero, shift, dtype):
+    """PTX that turns four bytes of nibbles into four codes of each of two groups, as bfloat16 or float16.
+
+    shift: place of the first group's bits in the bytes above the nibbles, the second operand if bits > 4.
+    Bytes are masked four at a time, then permuted into the mantissa of 128 (or 1024), which is subtracted again
+    by a fused multiply and add: sm_80 has no other packed arithmetic on bfloat16.
+    """
+    if dtype == tl.bfloat16:
+        power, one, kind, less = 0x43, 0x3F80, "bf16x2", 0xC300 + zero  # -(128 + zero)
+    else:
+        power, one, kind, less = 0x64, 0x3C00, "f16x2", 0xE400 + zero  # -(1024 + zero)
+    lines = [
+        "{ .reg .b32 l, h, t, one, less;", "and.b32 l, $4, 0x0F0F0F0F;", "shr.u32 h, $4, 4;",
+        "and.b32 h, h, 0x0F0F0F0F;", f"mov.b32 one, {one * 0x10001:#x};", f"mov.b32 less, {less * 0x10001:#x};",
+    ]  # fmt: skip
+    for group, register in enumerate("lh"):
+        if bits > 4:
+            left = 4 - (shift + group * (bits - 4))
+            mask = ((1 << (bits - 4)) - 1 << 4) * 0x01010101
+            lines += [f"shl.b32 t, $5, {left};" if left >= 0 else f"shr.u32 t, $5, {-left};"]
+            lines += [f"and.b32 t, t, {mask:#x};", f"or.b32 {register}, {register}, t;"]
+        for half, order in enumerate(("0x4140", "0x4342")):
+            out = f"${2 * group + half}"
+            lines += [f"prmt.b32 {out}, {register}, {power * 0x01010101:#x}, {order};"]
+            lines += [f"fma.rn.{kind} {out}, {out}, one, less;"]
+    return " ".join(lines) + " }"
+
+
+@jit
+def _codes(low, high, shift, DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, FAST: tl.constexpr):
+    """Two groups of codes as exact numbers of the dtype. low: uint8 nibbles; high: uint8, both groups' bits at `shift`.
+
+    A code in the low bits of a power of two's mantissa is that power plus the code; conversions are slower.
+    """
+    if FAST:
+        PTX: tl.constexpr = _fast_codes(BITS, ZERO, shift, DTYPE)
+        if DTYPE == tl.bfloat16:
+            return tl.inline_asm_elementwise(PTX, _REGISTERS, [low, high], (tl.bfloat16, tl.bfloat16), True, 4)
+        else:
+            return tl.inline_asm_elementwise(PTX, _REGISTERS, [low, high], (tl.float16, tl.float16), True, 4)
+    first, second = low & 15, low >> 4
+    if BITS > 4:
+        MASK: tl.constexpr = (1 << (BITS - 4)) - 1
+        high = high >> shift
+        first |= (high & MASK) << 4
+        second |= ((high >> (BITS - 4)) & MASK) << 4
+    return _exact(first, DTYPE, ZERO), _exact(second, DTYPE, ZERO)
+
+
+@jit
+def _exact(code, DTYPE: tl.constexpr, ZERO: tl.constexpr):
+    """Codes 0..63, `ZERO` subtracted."""
+    if DTYPE == tl.bfloat16:
+        return (code.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - (128.0 + ZERO)
+    elif DTYPE == tl.float16:
+        return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + ZERO)
+    else:
+        return code.to(DTYPE) - ZERO
+
+
+@jit
+def _half(words, place: tl.constexpr):
+    """The float16 in the low (0) or high (1) half of each word, as float32."""
+    return (words >> (16 * place)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@jit
+def _byte(words, place: tl.constexpr, SIGNED: tl.constexpr):
+    """Byte `place` of each word, as float32."""
+    if SIGNED:
+        return ((words << (24 - 8 * place)) >> 24).to(tl.float32)
+    else:
+        return ((words >> (8 * place)) & 255).to(tl.float32)
+
+
+@jit
+def _scale(words, more, run: tl.constexpr, NESTED: tl.constexpr, OFFSET: tl.constexpr):
+    """float32 scale of a step's run; of its first 16 codes where it has two. more: words of the block, if NESTED."""
+    if not NESTED:
+        return _half(words, run)
+    elif OFFSET:
+        return _byte(words, run, False) * _half(more, 0)
+    else:
+        return _byte(words, 2 * run, True) * _half(more, 0)
+
+
+@jit
+def _second(words, more, run: tl.constexpr, NESTED: tl.constexpr, OFFSET: tl.constexpr):
+    """float32: the offset of a step's run, if OFFSET; else the scale of its last 16 codes, where it has two."""
+    if OFFSET and NESTED:
+        return -(_byte(words, 2 + run, False) * _half(more, 1))
+    elif OFFSET:
+        return _half(more, run)
+    else:
+        return _byte(words, 2 * run + 1, True) * _half(more, 0)
+
+
+@jit
+def _multiply(acc, code, x_at, there, words, more, run: tl.constexpr, NESTED: tl.constexpr, OFFSET: tl.constexpr,
+              AFTER: tl.constexpr):
+    """acc [BN, BM] plus the weights of one run times x. code: [BN, 32]; x_at: [32, BM]; words, more: [BN]."""
+    scale = _scale(words, more, run, NESTED, OFFSET)
+    HALVES: tl.constexpr = NESTED and not OFFSET  # 16 codes to a scale
+    if OFFSET or HALVES:
+        second = _second(words, more, run, NESTED, OFFSET)
+    j = tl.arange(0, 32)
+    if AFTER and HALVES:
+        # the codes stay where they are; x comes twice, once without its last 16 columns and once without its first
+        front, back = (j < 16)[:, None], (j >= 16)[:, None]
+        acc += tl.dot(code, tl.load(x_at, mask=there & front, other=0.0), input_precision="ieee") * scale[:, None]
+        acc += tl.dot(code, tl.load(x_at, mask=there & back, other=0.0), input_precision="ieee") * second[:, None]
+        return acc
+    x = tl.load(x_at, mask=there, other=0.0)
+    if AFTER:
+        acc += tl.dot(code, x, input_precision="ieee") * scale[:, None]
+        if OFFSET:
+            # sums of x, in the layout of products: cheaper than a reduction across threads
+            ones = tl.full(code.shape, 1.0, code.dtype)
+            acc += tl.dot(ones, x, input_precision="ieee") * second[:, None]
+        return acc
+    weight = code.to(tl.float32)
+    if HALVES:
+        weight *= tl.where((j < 16)[None, :], scale[:, None], second[:, None])
+    else:
+        weight *= scale[:, None]
+    if OFFSET:
+        weight += second[:, None]
+    return tl.dot(weight.to(x.dtype), x, acc, input_precision="ieee")
+
+
+@jit
+def _linear_kernel(
+    x_ptr, codes_ptr, high_ptr, scales_ptr, more_ptr, bias_ptr, out_ptr,
+    num_rows, num_columns, width, x_stride, rounds_a_part, num_rounds,
+    BITS: tl.constexpr, ZERO: tl.constexpr, NESTED: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
+    EVEN: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, AFTER: tl.constexpr, FAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A tile [BN, BM] of y's transpose, or of one part of it: weights are the first operand, whose tiles are tall.
+
+    out: [num_rows, num_columns], or float32 [parts, num_rows, num_columns]. A round is UNROLL steps of 64 columns.
+    EVEN: the last step is whole. AFTER: scales are applied to products, else to the weights.
+    """
+    HIGH_STEPS: tl.constexpr = 4 // (BITS - 4) if BITS > 4 and BITS < 8 else 0  # steps whose high bits share a byte
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    part = tl.program_id(2)
+    j = tl.arange(0, 32)
+    known = n < num_columns
+    tile = n[:, None] * 32 + j[None, :]
+    plane = num_columns.to(tl.int64) * 32
+    there = (m < num_rows)[None, :]
+    acc = tl.zeros([BN, BM], tl.float32)
+    first = part * rounds_a_part
+    for turn in tl.range(first, tl.minimum(first + rounds_a_part, num_rounds), num_stages=STAGES):
+        if NESTED:
+            more = tl.load(more_ptr + turn * UNROLL // 4 * num_columns + n, mask=known, other=0)
+        for place in tl.static_range(UNROLL):
+            step = turn * UNROLL + place
+            words = tl.load(scales_ptr + step * num_columns + n, mask=known, other=0)
+            if OFFSET and not NESTED:
+                more = tl.load(more_ptr + step * num_columns + n, mask=known, other=0)
+            elif not NESTED:
+                more = words
+            if HIGH_STEPS > 0 and (place % HIGH_STEPS == 0):
+                high_at = high_ptr + (step // HIGH_STEPS).to(tl.int64) * plane + tile
+                high = tl.load(high_at, mask=known[:, None], other=0)
+            if BITS == 8:
+                at = codes_ptr + (2 * step).to(tl.int64) * plane + tile
+                front = tl.load(at, mask=known[:, None], other=0).to(DTYPE)
+                back = tl.load(at + plane, mask=known[:, None], other=0).to(DTYPE)
+            else:
+                codes = tl.load(codes_ptr + step.to(tl.int64) * plane + tile, mask=known[:, None], other=0)
+                if BITS == 4:
+                    front, back = _codes(codes, codes, 0, DTYPE, BITS, ZERO, FAST)
+                elif UNROLL % HIGH_STEPS == 0:
+                    front, back = _codes(codes, high, place % HIGH_STEPS * (2 * (BITS - 4)), DTYPE, BITS, ZERO, FAST)
+                else:
+                    shifts = (step % HIGH_STEPS * (2 * (BITS - 4))).to(tl.uint8)
+                    front, back = _codes(codes, high, shifts, DTYPE, BITS, ZERO, False)
+            column = step * 64 + j[:, None]
+            x_at = x_ptr + m[None, :].to(tl.int64) * x_stride + column
+            inside = there if EVEN else there & (column < width)
+            acc = _multiply(acc, front, x_at, inside, words, more, 0, NESTED, OFFSET, AFTER)
+            inside = there if EVEN else there & (column + 32 < width)
+            acc = _multiply(acc, back, x_at + 32, inside, words, more, 1, NESTED, OFFSET, AFTER)
+    if BIAS:
+        acc += tl.load(bias_ptr + n, mask=known, other=0.0).to(tl.float32)[:, None]
+    out_at = (part * num_rows + m).to(tl.int64)[None, :] * num_columns + n[:, None]
+    tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=known[:, None] & there)
+
+
+@jit
+def _sum_parts_kernel(parts_ptr, bias_ptr, out_ptr, size, num_columns, PARTS: tl.constexpr, BIAS: tl.constexpr,
+                      BLOCK: tl.constexpr):
+    """out = parts[0] + parts[1] + ... (+ bias), in this order. parts: float32 [PARTS, size], size = rows * columns."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.load(parts_ptr + at, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(parts_ptr + part * size.to(tl.int64) + at, mask=inside, other=0.0)
+    if BIAS:
+        total += tl.load(bias_ptr + at % num_columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _tiles(planes: Planes, num_rows: int, invariant: bool) -> dict:
+    """Sizes of a tile and of its program, by the rows of x; steps in a round, a divisor of their number."""
+    # 16 codes to a scale take twice the products; AMD's registers do not suffice for more
+    amd = lang.arch() == 0 and not lang.INTERPRETED
+    most = 16 if amd or planes.nested and not planes.has_offset else 32
+    if invariant or num_rows <= most:
+        rows = 16 if invariant else max(8, lang.next_power_of_2(num_rows))
+        num_steps = -(-planes.shape[1] // STEP)
+        # with more steps in a round ptxas, and AMD's compiler, run out of registers
+        few = amd or lang.arch() >= 100 and planes.kind == "Q4_K"
+        counts = (2, 1) if few else (4, 2, 1)
+        unroll = next(count for count in counts if num_steps % count == 0)
+        return {"BM": rows, "BN": 64, "AFTER": True, "UNROLL": unroll, "STAGES": 2, "num_warps": 2}
+    # more than one step a round breaks the code for tensor cores of sm_100 (Triton 3.6)
+    if num_rows <= 64:
+        rows = 32 if num_rows <= 32 else 64
+        return {"BM": rows, "BN": 64, "AFTER": False, "UNROLL": 1, "STAGES": 3, "num_warps": 4}
+    return {"BM": 128, "BN": 128, "AFTER": False, "UNROLL": 1, "STAGES": 3, "num_warps": 8}
+
+
+def _num_parts(planes: Planes, num_rows: int, tiles: dict, num_rounds: int, invariant: bool) -> int:
+    """Programs that share one tile's columns, so that a narrow weight keeps the whole GPU busy."""
+    rows = 1 if invariant else -(-num_rows // tiles["BM"])
+    programs = rows * -(-planes.shape[0] // tiles["BN"])
+    wanted = _PROGRAMS_A_PROCESSOR * 2 // tiles["num_warps"] or 1
+    return max(1, min(wanted * lang.num_processors(planes.device) // programs, num_rounds // 2, _MAX_PARTS))
+
+
+def _gguf_linear_triton(x: Tensor, planes: Planes, bias: Tensor | None = None, invariant: bool = False) -> Tensor:
+    num_rows, (num_columns, width) = x.shape[0], planes.shape
+    tiles = _tiles(planes, num_rows, invariant)
+    num_rounds = -(-width // STEP) // tiles["UNROLL"]
+    parts = _num_parts(planes, num_rows, tiles, num_rounds, invariant)
+    out = torch.empty(num_rows, num_columns, dtype=x.dtype, device=x.device)
+    target = out
+    if parts > 1:
+        target = torch.empty(parts, num_rows, num_columns, dtype=torch.float32, device=x.device)
+    codes, high, scales, more = planes.tensors()
+    grid = (-(-num_columns // tiles["BN"]), -(-num_rows // tiles["BM"]), parts)
+    _linear_kernel[grid](
+        x, codes, codes if high is None else high, scales, scales if more is None else more,
+        x if bias is None else bias, target,
+        num_rows, num_columns, width, x.stride(0), -(-num_rounds // parts), num_rounds,
+        BITS=planes.format.bits, ZERO=planes.format.zero, NESTED=planes.nested, OFFSET=planes.has_offset,
+        BIAS=bias is not None and parts == 1, EVEN=width % STEP == 0,
+        FAST=lang.arch() >= 80 and x.dtype != torch.float32, **tiles,
+    )  # fmt: skip
+    if parts > 1:
+        block = 1024
+        _sum_parts_kernel[(-(-out.numel() // block),)](
+            target, x if bias is None else bias, out, out.numel(), num_columns,
+            PARTS=parts, BIAS=bias is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _why_not(x: Tensor, planes: Planes, bias: Tensor | None = None, invariant: bool = False) -> str | None:
+    if x.dtype not in FLOATS:
+        return f"{x.dtype} is not a number type it knows"
+    if x.dim() != 2 or x.stride(1) != 1 or x.shape[0] == 0:
+        return "x is not a matrix with contiguous rows"
+    return None if bias is None or bias.stride(0) == 1 else "the bias is not contiguous"
+
+
+def _case(kind: str, rows: int, columns: int, width: int, *, bias: bool = False, invariant: bool = False):
+    def make(device: str, dtype: torch.dtype) -> dict:
+        return {
+            "x": torch.randn(rows, width, device=device).to(dtype),
+            "planes": random_planes(kind, columns, width, device),
+            "bias": torch.randn(columns, device=device).to(dtype) if bias else None,
+            "invariant": invariant,
+        }
+
+    return make
+
+
+def _elements(function: str, constants: dict) -> int:
+    """Weights of one round."""
+    return constants["BN"] * STEP * constants["UNROLL"] if function == "_linear_kernel" else constants["BLOCK"]
+
+
+def _traffic(x: Tensor, planes: Planes, bias: Tensor | None = None, invariant: bool = False) -> tuple[int, int]:
+    num_rows, (columns, width) = x.shape[0], planes.shape
+    return planes.nbytes + num_rows * (columns + width) * x.element_size(), 2 * num_rows * columns * width
+
+
+gguf_linear = kernel(
+    "gguf_linear", reference=_gguf_linear_torch, triton=_gguf_linear_triton, why_not=_why_not, traffic=_traffic,
+    elements=_elements,
+    # many rows: weights are rounded to the dtype, as in torch's way
+    tolerances={torch.float16: 2e-3},
+    cases=(
+        *(Case(f"{kind} few rows", _case(kind, 3, 40, 256, bias=True)) for kind in PLANE_FORMATS),
+        *(Case(f"{kind} odd steps", _case(kind, 2, 24, 96)) for kind in PLANE_FORMATS if kind[-1] != "K"),
+        *(Case(f"{kind} more rows", _case(kind, 20, 40, 256)) for kind in PLANE_FORMATS),
+        *(Case(f"{kind} many rows", _case(kind, 40, 40, 256)) for kind in PLANE_FORMATS),
+        Case("shared columns", _case("Q4_K", 9, 72, 1024, bias=True)),
+        Case("shared columns, one row", _case("Q8_0", 1, 16, 1024)),
+        Case("invariant", _case("Q6_K", 5, 64, 512, invariant=True)),
+        Case("prefill", _case("Q5_0", 70, 72, 128)),
+        *(Case(f"{kind} decode of a 7B model", _case(kind, 1, 3584, 3584), production=True) for kind in PLANE_FORMATS),
+        *(Case(f"Q4_K, {rows} rows", _case("Q4_K", rows, 18944, 3584), production=True) for rows in (16, 32, 64)),
+        Case("Q6_K, 32 rows", _case("Q6_K", 32, 18944, 3584), production=True),
+        *(
+            Case(f"{kind} prefill of a 7B model", _case(kind, 2048, 18944, 3584), production=True)
+            for kind in ("Q8_0", "Q4_K", "Q6_K")
+        ),
+    ),
+)  # fmt: skip
