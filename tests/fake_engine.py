@@ -103,6 +103,9 @@ class FakeEngine:
         with open(self.folder / "checks", "a") as checks:
             checks.write(f"{len(self.running)}\n")
 
+    def close(self) -> None:
+        pass
+
     def _broken(self) -> list[Output]:
         raise RuntimeError("every step is broken")
 

@@ -18,6 +18,8 @@ _GPU_SHARE = 0.9
 # The same of host memory, for pages that give way.
 _HOST_SHARE_CPU = 0.25
 _HOST_SHARE_GPU = 0.5
+# Files of pages pass through host memory, a part of it at a time.
+_MIN_HOST_PAGES = 16
 
 
 def pick_device(settings: Settings) -> torch.device:
@@ -92,7 +94,14 @@ def host_budget(settings: Settings, config: ModelConfig, device: torch.device, d
 
     Beside a GPU half of it; on a CPU, where it is the same memory, a quarter, and no more than the pages themselves.
     """
-    size = page_bytes(config, settings.page_size, dtype)
+    count = _host_pages(settings, page_bytes(config, settings.page_size, dtype), device, num_pages)
+    if settings.kv_cache_dir and count < _MIN_HOST_PAGES:
+        raise SettingsError(f"--kv-cache-dir needs --host-kv-memory for at least {_MIN_HOST_PAGES} pages, "
+                            f"but there are {count}")  # fmt: skip
+    return count
+
+
+def _host_pages(settings: Settings, size: int, device: torch.device, num_pages: int) -> int:
     free = free_memory_bytes(torch.device("cpu"))
     if device.type == "cuda":
         return _bytes(_HOST_SHARE_GPU if settings.host_kv_memory is None else settings.host_kv_memory, free) // size

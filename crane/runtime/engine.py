@@ -19,7 +19,7 @@ from crane.runtime.costs import Costs
 from crane.runtime.drafts import Drafter
 from crane.runtime.forecast import Forecast, Rate
 from crane.runtime.grammar import GrammarCompiler, wait_any
-from crane.runtime.kv_cache import HostPages, allocate_pages, page_bytes
+from crane.runtime.kv_cache import HostPages, allocate_pages, open_disk, page_bytes
 from crane.runtime.metrics import Metrics
 from crane.runtime.pages import PagePool
 from crane.runtime.recovery import Recovery
@@ -27,6 +27,7 @@ from crane.runtime.runner import ModelRunner
 from crane.runtime.scheduler import Scheduler
 from crane.runtime.sequence import Sequence, Status
 from crane.runtime.settings import Settings
+from crane.runtime.tiers import DiskLink
 from crane.runtime.types import Accepted, EngineInfo, EngineStats, Generate, Output, Plan, Rejected
 
 log = logging.getLogger("crane.engine")
@@ -51,6 +52,7 @@ class Engine:
         registry.configure(settings.kernels, settings.torch_kernels, device)
         devices.load_native(settings, device)
         dtype = devices.pick_dtype(settings, device, config.dtype)
+        disk = open_disk(settings, checkpoint, config, dtype)
         with ThreadPoolExecutor(1) as pool:  # the vocabulary is read while the weights are
             loaded = pool.submit(load_tokenizer, checkpoint)
             model = load_model(checkpoint, config, device, dtype, progress, devices.is_exact(settings))
@@ -74,6 +76,10 @@ class Engine:
             drafter=Drafter(settings),
             costs=Costs(page_bytes(config, settings.page_size, dtype), settings.preemption, self.host.measure()),
         )
+        self.disk = None
+        if disk is not None:
+            self.disk = DiskLink(self.scheduler.pool, disk, self.scheduler.costs, self.host.buffer)
+            self.scheduler.disk = self.disk
         self._eos_ids = frozenset(config.eos_token_ids)
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_ids)
         self._compiling: list[Sequence] = []  # new sequences whose grammar may yet turn out to be wrong
@@ -171,7 +177,7 @@ class Engine:
             self._stats.aborted_requests += len(rids)
         else:  # it got all it wanted
             self._stats.completed_requests += sum(not self.scheduler.find(rid) for rid in rids)
-        return ended
+        return ended + self._save()
 
     def flush_cache(self) -> int:
         """Forget all remembered prefixes; returns how many pages become blank."""
@@ -198,6 +204,8 @@ class Engine:
             return refused + lost
         if not batch.rows:
             if not refused and self.has_work:
+                if self.disk is not None:
+                    self.disk.wait()
                 wait_any([s.constraint for s in self.scheduler.find(None) if s.constraint], _GRAMMAR_POLL_S)
             return refused
         started_s = time.perf_counter()
@@ -209,7 +217,7 @@ class Engine:
         outputs = self.scheduler.commit(batch, picked)
         self._count(batch, outputs, time.perf_counter() - started_s)
         self._metrics.step(batch, outputs)
-        return refused + outputs
+        return refused + outputs + self._save()
 
     def _copy(self, copies: list[tuple[int, int]]) -> list[Output]:
         """Move pages before the step. When that fails nobody knows what pages contain: everything starts anew."""
@@ -223,6 +231,20 @@ class Engine:
         if self.info.device == "cpu":  # elsewhere copies go on while the step runs
             self.scheduler.costs.copied(len(copies), time.perf_counter() - started_s)
         return []
+
+    def _save(self) -> list[Output]:
+        """Hand the pages of sequences that have ended to the disk."""
+        if self.disk is None or not self.disk.has_work:
+            return []
+        lost = self._copy(self.scheduler.pool.due_copies())
+        self.host.settle()
+        self.disk.hand_over()
+        return lost
+
+    def close(self) -> None:
+        """Write what is still to be written to disk, for a few seconds at most."""
+        if self.disk is not None:
+            self.disk.disk.close()
 
     def _refuse_grammars(self) -> list[Output]:
         """End sequences whose grammar turns out not to compile."""
@@ -281,6 +303,12 @@ class Engine:
         stats.preemptions = scheduler.num_preemptions
         stats.swaps = scheduler.num_swaps
         stats.host_cached_tokens = scheduler.num_host_tokens
+        stats.disk_cached_tokens = scheduler.num_disk_tokens
+        if self.disk is not None:
+            disk = self.disk.disk
+            stats.disk_bytes, stats.disk_files, stats.disk_bad_files = disk.num_bytes, disk.num_files, disk.num_bad
+            stats.disk_pages_written, stats.disk_pages_read = disk.num_written, disk.num_read
+            stats.disk_pages_skipped, stats.disk_writable = self.disk.num_skipped, disk.writable
         stats.free_host_pages = scheduler.pool.host.num_free
         stats.cached_tokens = scheduler.num_cached_tokens
         drafter = scheduler.drafter

@@ -5,7 +5,11 @@ import time
 import torch
 from torch import Tensor
 
+from crane.errors import SettingsError
 from crane.models.config import ModelConfig
+from crane.models.files import Checkpoint
+from crane.runtime.disk import DiskTier, fingerprint
+from crane.runtime.settings import Settings
 
 # Host memory is allocated in such pieces when it is first used: pinning all of it at once would delay the start.
 _SLAB_BYTES = 64 << 20
@@ -25,6 +29,19 @@ def allocate_pages(config: ModelConfig, num_pages: int, page_size: int, *, dtype
     """
     shape = (num_pages, config.num_layers, 2, page_size, config.num_kv_heads, config.head_dim)
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def open_disk(settings: Settings, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> DiskTier | None:
+    """The disk tier of --kv-cache-dir, or None without. Raises SettingsError when it cannot be as asked."""
+    if not settings.kv_cache_dir:
+        return None
+    if not settings.prefix_cache:
+        raise SettingsError("--kv-cache-dir keeps what --no-prefix-cache forbids to keep: give one of them")
+    size = page_bytes(config, settings.page_size, dtype)
+    layout = (str(dtype), settings.page_size, *allocate_pages(config, 1, settings.page_size, dtype=dtype,
+                                                              device=torch.device("meta")).shape)  # fmt: skip
+    return DiskTier(settings.kv_cache_dir, settings.kv_cache_size, size,
+                    lambda: fingerprint(checkpoint, config, layout))  # fmt: skip
 
 
 class HostPages:
@@ -50,6 +67,10 @@ class HostPages:
             count = min(self._slab_pages, self.num_host_pages - place * self._slab_pages)
             self._slabs[place] = torch.empty((count, *self.kv.shape[1:]), dtype=self.kv.dtype, pin_memory=self._cuda)
         return self._slabs[place][within]
+
+    def buffer(self, number: int) -> memoryview:
+        """The bytes of one host page."""
+        return self.page(number).view(-1).view(torch.uint8).numpy().data
 
     @torch.inference_mode()
     def apply(self, copies: list[tuple[int, int]]) -> None:

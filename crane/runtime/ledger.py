@@ -20,6 +20,7 @@ class Node:
     host: int | None = None
     children: set["Node"] = field(default_factory=set)
     digest: bytes = b""  # names it on disk; computed when a disk tier asks
+    on_disk: bool = False  # or on its way there
     from_disk: bool = False  # read from disk, and no sequence has used it yet
 
     @property

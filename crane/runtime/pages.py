@@ -85,6 +85,11 @@ class PagePool:
             node.host = host_page
             self.host.node_of[host_page] = node
 
+    def due_copies(self) -> list[tuple[int, int]]:
+        """`copies`, which the caller makes now."""
+        due, self.copies = self.copies, []
+        return due
+
     def share(self, pages: Iterable[int]) -> None:
         """One more reference on each of `pages`, held or kept."""
         self.device.share(pages)
@@ -119,6 +124,36 @@ class PagePool:
         self.host.release(copies)
         self.host.release(list(host_pages))
         return pages
+
+    def to_host(self, node: Node) -> bool:
+        """Hold a host page with what a remembered page contains; False: there is no room."""
+        if node.host is not None:
+            self.host.share([node.host])
+        elif self.host.num_free:
+            self._put(node, self._take_host_page(), node.page)
+        else:
+            return False
+        return True
+
+    def take_host_pages(self, count: int, nodes: list[Node]) -> list[int] | None:
+        """Host pages for what comes from elsewhere behind `nodes`, which stay where they are; None: no room."""
+        there = [node.host for node in nodes if node.host is not None]
+        if count > self.host.num_free - sum(map(self.host.is_kept, there)):
+            return None
+        self.host.share(there)
+        pages = [self._take_host_page() for _ in range(count)]
+        self.host.release(there)
+        return pages
+
+    def adopt(self, parent: Node | None, salt: str, tokens: tuple[int, ...], host_page: int) -> Node | None:
+        """Remember what a held host page contains now. Returns its node; None: what comes before it was forgotten."""
+        if parent is not None and self._nodes.get(parent.key) is not parent:
+            return None
+        node = self._node(parent, salt, tokens)
+        if node.host is None:
+            node.host = host_page
+            self.host.node_of[host_page] = node
+        return node
 
     def swap_out(self, pages: list[int], nodes: list[Node]) -> list[int] | None:
         """Host pages that hold what `pages` contain, whose first are `nodes`; the pages are released. None: no room.
@@ -160,12 +195,17 @@ class PagePool:
     def remember(self, parent: Node | None, salt: str, tokens: tuple[int, ...], page: int) -> Node:
         """Note what a held page contains now that it is full. Returns its node, or the one of another page
         that has the same content already; then this page stays unremembered."""
+        node = self._node(parent, salt, tokens)
+        if node.page is None:  # new, or only in host memory so far
+            self._enter(node, page)
+        return node
+
+    def _node(self, parent: Node | None, salt: str, tokens: tuple[int, ...]) -> Node:
+        """The node of this content, a new one if need be."""
         node = Node(parent, salt, tokens)
         known = self._nodes.setdefault(node.key, node)
         if known is node and parent is not None:
             parent.children.add(node)
-        if known.page is None:  # new, or only in host memory so far
-            self._enter(known, page)
         return known
 
     def _enter(self, node: Node, page: int) -> None:

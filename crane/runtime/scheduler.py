@@ -26,6 +26,7 @@ from crane.runtime.policy import Tenants
 from crane.runtime.roster import Roster
 from crane.runtime.sequence import Sequence, Status
 from crane.runtime.slots import Slots
+from crane.runtime.tiers import DiskLink
 from crane.runtime.types import Output
 
 
@@ -49,10 +50,12 @@ class Scheduler:
         self.drafter = drafter  # for sequences that have `drafts`
         self.costs = costs or Costs(page_bytes=0)
         self.step_limit: int | None = None  # tokens of a step while memory is short
+        self.disk: DiskLink | None = None
         self.num_preemptions = 0
         self.num_swaps = 0  # preemptions whose pages went to host memory
         self.num_cached_tokens = 0  # prompt tokens that did not have to be computed
         self.num_host_tokens = 0  # of those: tokens that came from host memory
+        self.num_disk_tokens = 0  # and tokens that came from disk
 
     @property
     def has_work(self) -> bool:
@@ -79,6 +82,8 @@ class Scheduler:
 
     def plan(self) -> Batch:
         """The next step. Empty only when there is nothing to do, or all that is left waits for a grammar."""
+        if self.disk is not None:
+            self.disk.poll()
         self.slots.wake()
         self.slots.give_way()
         self._fill_slots()
@@ -101,7 +106,7 @@ class Scheduler:
                 count = min(sequence.num_wanted, budget)
                 batch.rows.append(self._row(sequence, count))
                 budget -= count
-        batch.copies, self.pool.copies = self.pool.copies, []
+        batch.copies = self.pool.due_copies()
         return batch
 
     def _row(self, sequence: Sequence, count: int) -> Row:
@@ -148,7 +153,9 @@ class Scheduler:
     # `slots.Memory`
 
     def may_start(self, sequence: Sequence) -> bool:
-        return not (sequence.waits or self._waits_for_leader(sequence))
+        if sequence.waits or self._waits_for_leader(sequence):
+            return False
+        return self.disk is None or not self._may_share(sequence) or not self.disk.look_up(sequence)
 
     def pages_needed(self, sequence: Sequence) -> int:
         return self.pool.pages_for(len(sequence.token_ids))
@@ -190,7 +197,11 @@ class Scheduler:
         if sequence.admitted_s is None:
             sequence.num_cached = sequence.num_computed
             self.num_cached_tokens += sequence.num_cached
-            self.num_host_tokens += from_host * self.pool.page_size
+            size, from_disk = self.pool.page_size, [node for node in nodes if node.from_disk]
+            self.num_disk_tokens += len(from_disk) * size
+            self.num_host_tokens += max(from_host - len(from_disk), 0) * size
+            for node in from_disk:
+                node.from_disk = False
         return True
 
     def resume(self, sequence: Sequence) -> bool:
@@ -235,6 +246,8 @@ class Scheduler:
         for sequence in self.find(None):
             sequence.salt = f"{sequence.salt}\0flushed"  # what it remembers from here on has no known start
             sequence.nodes = []
+        if self.disk is not None:
+            self.disk.flush()
         return self.pool.flush()
 
     def _grow(self, sequence: Sequence, batch: Batch) -> bool:
@@ -367,6 +380,8 @@ class Scheduler:
         self.slots.remove(sequence)
         output = self._output(sequence, list(token_ids), logprobs=logprobs, finish_reason=reason,
                               usage=sequence.usage(self.clock()), **fields)
+        if self.disk is not None:
+            self.disk.save(sequence.nodes)
         self._release(sequence)
         sequence.status = Status.FINISHED
         self.roster.leave(sequence)
@@ -413,4 +428,5 @@ class Scheduler:
             assert sequence.num_computed <= len(sequence.pages or sequence.host_pages) * self.pool.page_size
             assert bool(sequence.pages) is (sequence not in without)
         self.roster.check(live)
-        self.pool.check([s.pages for s in live], [s.host_pages for s in live])
+        copies = [s.host_pages for s in live] + ([self.disk.held] if self.disk is not None else [])
+        self.pool.check([s.pages for s in live], copies)

@@ -38,6 +38,7 @@ class Sequence:
         self.pages: list[int] = []
         self.host_pages: list[int] = []  # in host memory, which have what it had to give up its pages for
         self.nodes: list = []  # what the first of them contain, as `PagePool` remembers it
+        self.disk_job = None  # `disk.Job` that reads pages it starts with; False: there are none
         self.salt = request.cache_salt  # texts share pages only with texts of the same salt
         self.num_cached = 0  # prompt tokens found in remembered pages when it first started
         self.leader: Sequence | None = None  # the first choice of the same request

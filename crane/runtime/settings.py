@@ -65,6 +65,10 @@ class Settings:
         "auto", "sequences that give up their pages are copied to host memory, recomputed, or what measures cheaper",
         choices=("auto", "swap", "recompute"),
     )
+    kv_cache_dir: str = _setting("", "folder where computed prompts are kept across restarts (default: none)")
+    kv_cache_size: int = _setting(
+        0, "disk space for them, e.g. 20g (0: a tenth of what is free)", minimum=0, kind="bytes"
+    )
     max_model_len: int = _setting(0, "longest prompt plus output in tokens (0: the model's own)", minimum=0)
     max_step_tokens: int = _setting(512, "tokens computed in one step, at most", minimum=1)
     speculative: str = _setting(

@@ -86,6 +86,7 @@ class Stepper(threading.Thread):
         self._tell(self._listener.ready, engine.info)
         try:
             self._serve(engine)
+            engine.close()
         except Exception as error:
             log.exception("the engine cannot go on")
             self._tell(self._listener.failed, f"the engine failed: {type(error).__name__}: {error}")

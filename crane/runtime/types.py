@@ -310,6 +310,14 @@ class EngineStats(msgspec.Struct):
     free_pages: int = 0
     num_host_pages: int = 0
     free_host_pages: int = 0
+    disk_cached_tokens: int = 0  # of cached_tokens: those that came from --kv-cache-dir
+    disk_bytes: int = 0
+    disk_files: int = 0
+    disk_bad_files: int = 0  # removed because they were not what they should be
+    disk_pages_written: int = 0
+    disk_pages_read: int = 0
+    disk_pages_skipped: int = 0  # not written because too many others were on their way
+    disk_writable: bool = True  # False after an error: nothing more is written
     steps: int = 0
     drafts: int = 0
     drafted_tokens: int = 0

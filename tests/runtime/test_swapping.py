@@ -5,6 +5,7 @@ a page that was copied wrongly, too late, or not at all.
 """
 
 import random
+from collections import deque
 
 import pytest
 from hypothesis import settings
@@ -13,9 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from crane.runtime.batch import Picked
 from crane.runtime.costs import Costs
+from crane.runtime.disk import Job
 from crane.runtime.pages import PagePool
 from crane.runtime.scheduler import Scheduler
 from crane.runtime.sequence import Sequence
+from crane.runtime.tiers import DiskLink
 from crane.runtime.types import Generate, SamplingParams
 
 SIZE = 4
@@ -68,17 +71,24 @@ def step(scheduler, memory):
     for row in batch.rows:
         memory.compute(row)
     outputs = scheduler.commit(batch, [Picked(token_for(row.sequence) if row.samples else None) for row in batch.rows])
+    if scheduler.disk is not None:
+        memory.apply(scheduler.pool.due_copies())
+        scheduler.disk.hand_over()
     scheduler.check()
     return batch, outputs
 
 
-def drain(scheduler, memory):
+def drain(scheduler, memory, disk=None):
     computed = 0
+    while disk and disk.jobs:
+        disk.work()
     for _ in range(10_000):
         if not scheduler.has_work:
             return computed
         batch, _ = step(scheduler, memory)
-        assert batch.rows, "there is work, but the step is empty"
+        assert batch.rows or (disk and disk.jobs), "there is work, but the step is empty"
+        while disk and disk.jobs:
+            disk.work()
         computed += batch.num_tokens
     raise AssertionError("the scheduler does not come to an end")
 
@@ -139,6 +149,40 @@ def test_the_measured_rates_decide_between_copying_and_computing():
     assert not Costs(1000, "recompute", 1e12).swaps(1, 10**6) and Costs(1000, "swap", 1.0).swaps(10**6, 1)
 
 
+class FakeDisk:
+    """Stands for `disk.DiskTier`: its jobs are done when `work` is called."""
+
+    print = b"model"
+    ready = writable = True
+
+    def __init__(self):
+        self.files, self.jobs, self.finished, self.epoch = {}, deque(), deque(), 0
+
+    def has(self, name):
+        return name in self.files
+
+    def submit(self, kind, pages):
+        self.jobs.append(Job(kind, pages, self.epoch))
+        return self.jobs[-1]
+
+    def flush(self):
+        self.files.clear()
+        self.epoch += 1
+
+    def work(self):
+        job = self.jobs.popleft()
+        for name, tokens, place in job.pages:
+            if job.kind == "write" and job.epoch == self.epoch:
+                self.files[name] = (tokens, list(place))
+            elif job.kind == "read" and name in self.files:
+                known, place[:] = self.files[name]
+                assert known == tokens
+            else:
+                break
+            job.num_done += 1
+        self.finished.append(job)
+
+
 class SwappingMachine(RuleBasedStateMachine):
     """Random requests on a scheduler with too few pages and a little host memory."""
 
@@ -146,9 +190,14 @@ class SwappingMachine(RuleBasedStateMachine):
         super().__init__()
         self.count = 0
 
-    @initialize(slots=st.integers(0, 12), cache=st.booleans(), policy=st.sampled_from(["swap", "recompute", "mixed"]))
-    def start(self, slots, cache, policy):
+    @initialize(slots=st.sampled_from([0, 3, 12, 24]), cache=st.booleans(), policy=st.sampled_from(["swap", "recompute", "mixed"]),
+                disk=st.booleans())
+    def start(self, slots, cache, policy, disk):
         self.scheduler, self.memory = make(8, slots, "swap" if policy == "mixed" else policy, prefix_cache=cache)
+        self.disk = FakeDisk() if disk else None
+        if disk:
+            self.scheduler.disk = DiskLink(self.scheduler.pool, self.disk, self.scheduler.costs,
+                                           lambda page: self.memory.places[8 + page])
         if policy == "mixed":
             toss = random.Random(slots)
             self.scheduler.costs.swaps = lambda pages, tokens: toss.random() < 0.5
@@ -160,11 +209,16 @@ class SwappingMachine(RuleBasedStateMachine):
         self.count += 1
         add(self.scheduler, f"r{self.count}", [start, *range(length)], output, n, salt)
 
-    @rule(count=st.integers(1, 6))
+    @rule(count=st.integers(1, 20))
     def steps(self, count):
         for _ in range(count):
             batch, _ = step(self.scheduler, self.memory)
-            assert batch.rows or not self.scheduler.has_work
+            assert batch.rows or not self.scheduler.has_work or (self.disk and self.disk.jobs)
+
+    @rule(count=st.integers(1, 4))
+    def disk_works(self, count):
+        for _ in range(min(count, len(self.disk.jobs) if self.disk else 0)):
+            self.disk.work()
 
     @rule(place=st.integers(0, 11))
     @precondition(lambda self: self.scheduler.has_work)
@@ -183,10 +237,41 @@ class SwappingMachine(RuleBasedStateMachine):
 
     def teardown(self):
         if self.count:
-            drain(self.scheduler, self.memory)
+            drain(self.scheduler, self.memory, self.disk)
             pool = self.scheduler.pool
+            if self.disk:
+                self.scheduler.disk.poll()
+                self.scheduler.check()
             assert (pool.num_free, pool.host.num_free) == (8, pool.host.size)
 
 
 TestSwappingMachine = SwappingMachine.TestCase
-TestSwappingMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestSwappingMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_long_random_life_under_pressure_uses_every_tier_and_confuses_none(seed):
+    rng = random.Random(seed)
+    scheduler, memory = make(num_pages=10, num_host_pages=rng.choice([8, 16, 24]), policy="swap")
+    disk = FakeDisk()
+    scheduler.disk = DiskLink(scheduler.pool, disk, scheduler.costs, lambda page: memory.places[10 + page])
+    for number in range(1500):
+        kind = rng.random()
+        live = scheduler.find(None)
+        if kind < 0.2 and len(live) < 12:
+            tokens = [rng.randrange(4), *range(rng.randrange(1, 24))]
+            add(scheduler, f"r{number}", tokens, rng.randrange(1, 14), rng.choice([1, 1, 1, 3]), rng.choice(["", "x"]))
+        elif kind < 0.25 and live:
+            scheduler.end([rng.choice(live)], "abort")
+        elif kind < 0.252:
+            scheduler.flush()
+        elif kind < 0.5 and disk.jobs:
+            disk.work()
+        else:
+            step(scheduler, memory)
+        scheduler.check()
+    drain(scheduler, memory, disk)
+    scheduler.disk.poll()
+    scheduler.check()
+    assert (scheduler.pool.num_free, scheduler.pool.host.num_free) == (10, scheduler.pool.host.size)
+    assert scheduler.num_swaps > 20 and scheduler.num_host_tokens > 0 and scheduler.num_disk_tokens > 0
