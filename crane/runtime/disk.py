@@ -120,17 +120,15 @@ class DiskTier:
         """Whether there is a file of this page; whether it is sound shows when it is read."""
         return self.ready and os.path.exists(self._path(name))
 
-    def submit(self, kind: str, pages: list[tuple[bytes, array, memoryview]]) -> Job:
+    def submit(self, job: Job) -> None:
         """Start writing or reading; the buffers are the thread's until the job is in `finished`."""
-        job = Job(kind, pages, self.epoch)
         self._jobs.put(job)
-        return job
 
     def flush(self) -> None:
         """Remove all files of this model; from now on nothing is found that was there."""
         self._num_flushing += 1
         self.epoch += 1
-        self.submit("flush", [])
+        self.submit(Job("flush", [], self.epoch))
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Finish what was submitted, as far as the time goes."""

@@ -202,6 +202,7 @@ class Engine:
         batch = self.scheduler.plan()
         if batch.copies and (lost := self._copy(batch.copies)):
             return refused + lost
+        self._hand_over()
         if not batch.rows:
             if not refused and self.has_work:
                 if self.disk is not None:
@@ -237,9 +238,13 @@ class Engine:
         if self.disk is None or not self.disk.has_work:
             return []
         lost = self._copy(self.scheduler.pool.due_copies())
-        self.host.settle()
-        self.disk.hand_over()
+        self._hand_over()
         return lost
+
+    def _hand_over(self) -> None:
+        if self.disk is not None and self.disk.has_work:
+            self.host.settle()
+            self.disk.hand_over()
 
     def close(self) -> None:
         """Write what is still to be written to disk, for a few seconds at most."""

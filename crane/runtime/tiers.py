@@ -30,7 +30,10 @@ class DiskLink:
         self.costs = costs
         self.num_skipped = 0  # pages not written because too many were on their way
         self._buffer = buffer
-        self._outbox: list[tuple[Node, int]] = []  # and host pages, held, to be filled by the copies that are due
+        # What waits for the copies that are due: they fill host pages that are to be written, and empty or even
+        # fill, for somebody who is gone, those that are to be read into. All are held.
+        self._outbox: list[tuple[Node, int]] = []
+        self._reads: list[Job] = []
         self._writing: dict[Job, list[int]] = {}
         self._reading: dict[Job, tuple[list[int], Node | None, str]] = {}
         self._wanted: dict[bytes, Job] = {}  # names of pages that are being read
@@ -38,7 +41,7 @@ class DiskLink:
     @property
     def has_work(self) -> bool:
         """Pages wait to be handed over, once the copies that are due are made."""
-        return bool(self._outbox)
+        return bool(self._outbox or self._reads)
 
     @property
     def held(self) -> list[int]:
@@ -61,12 +64,15 @@ class DiskLink:
             self._outbox.append((node, node.host))
 
     def hand_over(self) -> None:
-        """The copies that were due are made: write what `save` noted."""
-        if not self._outbox:
-            return
-        due, self._outbox = self._outbox, []
-        pages = [(self._name(node), self._text(node), self._buffer(page)) for node, page in due]
-        self._writing[self.disk.submit("write", pages)] = [page for _, page in due]
+        """The copies that were due are made: start what was noted."""
+        if self._outbox:
+            pages = [(self._name(node), self._text(node), self._buffer(page)) for node, page in self._outbox]
+            job = Job("write", pages, self.disk.epoch)
+            self._writing[job] = [page for _, page in self._outbox]
+            self.disk.submit(job)
+        for job in self._reads:
+            self.disk.submit(job)
+        self._outbox, self._reads = [], []
 
     def look_up(self, sequence: Sequence) -> bool:
         """Whether the sequence waits for pages that the disk has behind those in memory. Asks once."""
@@ -94,9 +100,10 @@ class DiskLink:
         if pages is None:
             return None
         ends = [(len(nodes) + place + 1) * size for place in range(len(names))]
-        job = self.disk.submit("read", [
+        job = Job("read", [
             (name, array("I", tokens[:end]), self._buffer(page)) for name, end, page in zip(names, ends, pages)
-        ])  # fmt: skip
+        ], self.disk.epoch)  # fmt: skip
+        self._reads.append(job)
         self._reading[job] = pages, nodes[-1] if nodes else None, sequence.salt
         self._wanted.update(dict.fromkeys(names, job))
         return job

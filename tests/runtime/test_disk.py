@@ -13,7 +13,7 @@ import pytest
 
 from crane.errors import SettingsError
 from crane.runtime import disk as disks
-from crane.runtime.disk import DiskTier, next_name, root_name
+from crane.runtime.disk import DiskTier, Job, next_name, root_name
 from crane.runtime.engine import Engine
 from crane.runtime.settings import Settings
 from crane.runtime.types import Accepted, Generate, SamplingParams
@@ -48,7 +48,8 @@ def page(number, tokens=(1, 2, 3, 4)):
 
 
 def done(tier, kind, pages):
-    job = tier.submit(kind, [(name, tokens, memoryview(buffer)) for name, tokens, buffer in pages])
+    job = Job(kind, [(name, tokens, memoryview(buffer)) for name, tokens, buffer in pages], tier.epoch)
+    tier.submit(job)
     until(lambda: job in tier.finished)
     tier.finished.remove(job)
     return job.num_done
@@ -190,7 +191,8 @@ def test_after_a_flush_nothing_is_found_not_even_while_it_goes_on(tmp_path):
     tier = open_tier(tmp_path)
     other = open_tier(tmp_path, print_=b"o" * 32)
     done(tier, "write", [page(1)]), done(other, "write", [page(1)])
-    late = tier.submit("write", [(*page(2)[:2], memoryview(page(2)[2]))])
+    late = Job("write", [(*page(2)[:2], memoryview(page(2)[2]))], tier.epoch)
+    tier.submit(late)
     tier.flush()
     assert not tier.has(page(1)[0])
     until(lambda: tier.ready)

@@ -14,7 +14,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from crane.runtime.batch import Picked
 from crane.runtime.costs import Costs
-from crane.runtime.disk import Job
 from crane.runtime.pages import PagePool
 from crane.runtime.scheduler import Scheduler
 from crane.runtime.sequence import Sequence
@@ -32,7 +31,7 @@ class Memory:
 
     def apply(self, copies):
         for source, target in copies:
-            self.places[target] = list(self.places[source])
+            self.places[target][:] = self.places[source]
 
     def compute(self, row):
         """Read everything before the row, write the row."""
@@ -68,6 +67,8 @@ def add(scheduler, rid, tokens, max_tokens, n=1, salt=""):
 def step(scheduler, memory):
     batch = scheduler.plan()
     memory.apply(batch.copies)
+    if scheduler.disk is not None:
+        scheduler.disk.hand_over()
     for row in batch.rows:
         memory.compute(row)
     outputs = scheduler.commit(batch, [Picked(token_for(row.sequence) if row.samples else None) for row in batch.rows])
@@ -161,9 +162,8 @@ class FakeDisk:
     def has(self, name):
         return name in self.files
 
-    def submit(self, kind, pages):
-        self.jobs.append(Job(kind, pages, self.epoch))
-        return self.jobs[-1]
+    def submit(self, job):
+        self.jobs.append(job)
 
     def flush(self):
         self.files.clear()
@@ -190,8 +190,8 @@ class SwappingMachine(RuleBasedStateMachine):
         super().__init__()
         self.count = 0
 
-    @initialize(slots=st.sampled_from([0, 3, 12, 24]), cache=st.booleans(), policy=st.sampled_from(["swap", "recompute", "mixed"]),
-                disk=st.booleans())
+    @initialize(slots=st.sampled_from([0, 3, 12, 24]), cache=st.booleans(), disk=st.booleans(),
+                policy=st.sampled_from(["swap", "recompute", "mixed"]))
     def start(self, slots, cache, policy, disk):
         self.scheduler, self.memory = make(8, slots, "swap" if policy == "mixed" else policy, prefix_cache=cache)
         self.disk = FakeDisk() if disk else None
