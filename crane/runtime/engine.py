@@ -15,19 +15,17 @@ from crane.models.files import open_checkpoint
 from crane.models.registry import load_model
 from crane.models.tokenizer import load_tokenizer
 from crane.runtime import device as devices
-from crane.runtime.costs import Costs
 from crane.runtime.drafts import Drafter
 from crane.runtime.forecast import Forecast, Rate
 from crane.runtime.grammar import GrammarCompiler, wait_any
-from crane.runtime.kv_cache import HostPages, allocate_pages, open_disk, page_bytes
+from crane.runtime.kv_cache import open_disk
+from crane.runtime.kv_memory import KVMemory
 from crane.runtime.metrics import Metrics
-from crane.runtime.pages import PagePool
 from crane.runtime.recovery import Recovery
 from crane.runtime.runner import ModelRunner
 from crane.runtime.scheduler import Scheduler
 from crane.runtime.sequence import Sequence, Status
 from crane.runtime.settings import Settings
-from crane.runtime.tiers import DiskLink
 from crane.runtime.types import Accepted, EngineInfo, EngineStats, Generate, Output, Plan, Rejected
 
 log = logging.getLogger("crane.engine")
@@ -60,30 +58,24 @@ class Engine:
         # A model's embedding is often padded beyond its tokenizer; some fine-tunes add tokens the model lacks:
         # ids that may be given or drawn are those that both know.
         vocab_size = min(tokenizer.vocab_size, config.vocab_size)
-        num_pages, max_model_len = devices.page_budget(settings, config, device, dtype)
-        kv = allocate_pages(config, num_pages, settings.page_size, dtype=dtype, device=device)
-        num_host_pages = devices.host_budget(settings, config, device, dtype, num_pages)
-        self.host = HostPages(kv, num_host_pages)
-        self.runner = ModelRunner(model, kv, vocab_size)
+        self.memory = KVMemory(settings, config, device, dtype, disk)
+        self.runner = ModelRunner(model, self.memory.pages, vocab_size)
         self.scheduler = Scheduler(
-            PagePool(num_pages, settings.page_size, num_host_pages),
+            self.memory.pool,
             max_running=settings.max_concurrent,
             quantum_tokens=settings.decode_tokens_per_seq,
             max_step_tokens=settings.max_step_tokens,
-            max_model_len=max_model_len,
+            max_model_len=self.memory.max_model_len,
             prefix_cache=settings.prefix_cache,
             output_weight=settings.fair_output_weight,
             drafter=Drafter(settings),
-            costs=Costs(page_bytes(config, settings.page_size, dtype), settings.preemption, self.host.measure()),
+            costs=self.memory.costs,
+            disk=self.memory.disk,
         )
-        self.disk = None
-        if disk is not None:
-            self.disk = DiskLink(self.scheduler.pool, disk, self.scheduler.costs, self.host.buffer)
-            self.scheduler.disk = self.disk
         self._eos_ids = frozenset(config.eos_token_ids)
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_ids)
         self._compiling: list[Sequence] = []  # new sequences whose grammar may yet turn out to be wrong
-        self._stats = EngineStats(num_pages=num_pages, num_host_pages=num_host_pages)
+        self._stats = EngineStats(num_pages=self.memory.pool.num_pages)
         self._recovery = Recovery(lambda batch: self.runner.run(batch), self.runner.free_memory)
         self._metrics = Metrics()
         self._prefill, self._decode = Rate(), Rate()
@@ -94,17 +86,15 @@ class Engine:
             model_type=config.model_type,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
-            max_model_len=max_model_len,
+            max_model_len=self.memory.max_model_len,
             vocab_size=vocab_size,
-            num_pages=num_pages,
+            num_pages=self.memory.pool.num_pages,
             page_size=settings.page_size,
             max_concurrent=settings.max_concurrent,
             decode_tokens_per_seq=settings.decode_tokens_per_seq,
+            kv_capacity=self.memory.capacity(),
         )
-        log.info(
-            "%s on %s in %s: %d KV pages of %d tokens (%.1f GB), up to %d tokens per sequence",
-            config.model_type, device, self.info.dtype, num_pages, settings.page_size, kv.nbytes / 1e9, max_model_len,
-        )
+        log.info("%s on %s in %s: %s", config.model_type, device, self.info.dtype, self.memory.describe())
 
     @property
     def has_work(self) -> bool:
@@ -177,7 +167,7 @@ class Engine:
             self._stats.aborted_requests += len(rids)
         else:  # it got all it wanted
             self._stats.completed_requests += sum(not self.scheduler.find(rid) for rid in rids)
-        return ended + self._save()
+        return ended + self._move(self.memory.pool.due_copies())
 
     def flush_cache(self) -> int:
         """Forget all remembered prefixes; returns how many pages become blank."""
@@ -200,13 +190,11 @@ class Engine:
         """Plan, run and commit one step. A fault in it fails the request that is to blame, nobody else's."""
         refused = self._refuse_grammars() + self._expire()
         batch = self.scheduler.plan()
-        if batch.copies and (lost := self._copy(batch.copies)):
+        if lost := self._move(batch.copies):
             return refused + lost
-        self._hand_over()
         if not batch.rows:
             if not refused and self.has_work:
-                if self.disk is not None:
-                    self.disk.wait()
+                self.memory.wait()
                 wait_any([s.constraint for s in self.scheduler.find(None) if s.constraint], _GRAMMAR_POLL_S)
             return refused
         started_s = time.perf_counter()
@@ -218,38 +206,21 @@ class Engine:
         outputs = self.scheduler.commit(batch, picked)
         self._count(batch, outputs, time.perf_counter() - started_s)
         self._metrics.step(batch, outputs)
-        return refused + outputs + self._save()
+        return refused + outputs + self._move(self.memory.pool.due_copies())
 
-    def _copy(self, copies: list[tuple[int, int]]) -> list[Output]:
+    def _move(self, copies: list[tuple[int, int]]) -> list[Output]:
         """Move pages before the step. When that fails nobody knows what pages contain: everything starts anew."""
-        started_s = time.perf_counter()
         try:
-            self.host.apply(copies)
+            self.memory.move(copies)
         except Exception as error:  # whatever went wrong, its requests must be answered
             log.exception("copying %d pages failed", len(copies))
             self.flush_cache()
             return self.fail_all(f"the engine lost its cache: {type(error).__name__}")
-        if self.info.device == "cpu":  # elsewhere copies go on while the step runs
-            self.scheduler.costs.copied(len(copies), time.perf_counter() - started_s)
         return []
-
-    def _save(self) -> list[Output]:
-        """Hand the pages of sequences that have ended to the disk."""
-        if self.disk is None or not self.disk.has_work:
-            return []
-        lost = self._copy(self.scheduler.pool.due_copies())
-        self._hand_over()
-        return lost
-
-    def _hand_over(self) -> None:
-        if self.disk is not None and self.disk.has_work:
-            self.host.settle()
-            self.disk.hand_over()
 
     def close(self) -> None:
         """Write what is still to be written to disk, for a few seconds at most."""
-        if self.disk is not None:
-            self.disk.disk.close()
+        self.memory.close()
 
     def _refuse_grammars(self) -> list[Output]:
         """End sequences whose grammar turns out not to compile."""
@@ -309,12 +280,7 @@ class Engine:
         stats.swaps = scheduler.num_swaps
         stats.host_cached_tokens = scheduler.num_host_tokens
         stats.disk_cached_tokens = scheduler.num_disk_tokens
-        if self.disk is not None:
-            disk = self.disk.disk
-            stats.disk_bytes, stats.disk_files, stats.disk_bad_files = disk.num_bytes, disk.num_files, disk.num_bad
-            stats.disk_pages_written, stats.disk_pages_read = disk.num_written, disk.num_read
-            stats.disk_pages_skipped, stats.disk_writable = self.disk.num_skipped, disk.writable
-        stats.free_host_pages = scheduler.pool.host.num_free
+        self.memory.count(stats)
         stats.cached_tokens = scheduler.num_cached_tokens
         drafter = scheduler.drafter
         stats.drafts, stats.drafted_tokens = drafter.num_drafts, drafter.num_drafted

@@ -36,7 +36,7 @@ class Scheduler:
     def __init__(self, pool: PagePool, *, max_running: int, quantum_tokens: int, max_step_tokens: int,
                  max_model_len: int, prefix_cache: bool = True, drafter: Drafter | None = None,
                  output_weight: float = 2.0, clock: Callable[[], float] = time.monotonic,
-                 costs: Costs | None = None):
+                 costs: Costs | None = None, disk: DiskLink | None = None):
         assert max_model_len <= pool.num_pages * pool.page_size, "one sequence may not outgrow the pool"
         self.pool = pool
         self.max_step_tokens = max(max_step_tokens, max_running)
@@ -50,7 +50,7 @@ class Scheduler:
         self.drafter = drafter  # for sequences that have `drafts`
         self.costs = costs or Costs(page_bytes=0)
         self.step_limit: int | None = None  # tokens of a step while memory is short
-        self.disk: DiskLink | None = None
+        self.disk = disk
         self.num_preemptions = 0
         self.num_swaps = 0  # preemptions whose pages went to host memory
         self.num_cached_tokens = 0  # prompt tokens that did not have to be computed

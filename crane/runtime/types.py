@@ -270,6 +270,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     page_size: int
     max_concurrent: int
     decode_tokens_per_seq: int
+    kv_capacity: dict = {}  # `KVMemory.capacity`: what fits in each tier
 
 
 class State(msgspec.Struct, frozen=True, array_like=True, tag="state"):

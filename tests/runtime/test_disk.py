@@ -214,8 +214,8 @@ START = [(7 * i) % 300 for i in range(41)]
 def make_engine(model, folder, **settings):
     chosen = dict(dtype="float32", cpu=True, threads=1, max_model_len=128, page_size=4, kv_cache_dir=str(folder))
     engine = Engine(Settings(model_path=str(model), **chosen | settings))
-    if engine.disk is not None:
-        until(lambda: engine.disk.disk.ready)
+    if engine.memory.disk is not None:
+        until(lambda: engine.memory.disk.disk.ready)
     return engine
 
 
@@ -263,7 +263,7 @@ def test_a_flush_empties_the_disk_too(tiny, tmp_path):
     engine = make_engine(tiny, tmp_path)
     ask(engine)
     engine.flush_cache()
-    until(lambda: engine.disk.disk.ready)
+    until(lambda: engine.memory.disk.disk.ready)
     assert files(tmp_path) == []
     assert ask(engine)[1].cached_tokens == 0
     engine.close()
@@ -300,3 +300,17 @@ def test_without_host_memory_or_prefix_cache_a_folder_is_refused(tiny, tmp_path)
         make_engine(tiny, tmp_path, host_kv_memory=0)
     with pytest.raises(SettingsError, match="--no-prefix-cache"):
         make_engine(tiny, tmp_path, prefix_cache=False)
+
+
+def test_the_start_says_what_fits_in_every_tier(tiny, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "crane.engine"):
+        engine = make_engine(tiny, tmp_path, kv_memory=64 * 2048, host_kv_memory=32 * 2048, kv_cache_size=1 << 30)
+    fits = engine.info.kv_capacity
+    assert fits["page_bytes"] == 2048 and fits["sequences"] == {"128": 2}
+    assert fits["device"] == {"pages": 64, "tokens": 256, "bytes": 64 * 2048}
+    assert (fits["host"]["pages"], fits["host"]["tokens"], fits["host"]["bytes"]) == (32, 128, 32 * 2048)
+    assert fits["host"]["copy_bytes_per_s"] > 0
+    assert fits["disk"] == {"folder": str(tmp_path), "bytes": 1 << 30}
+    said = caplog.text
+    assert "64 KV pages of 4 tokens (0.1 MB); room for 2 x 128 tokens at once; 32 more in host memory (0.1 MB" in said
+    assert f"1.1 GB of files in {tmp_path}" in said
