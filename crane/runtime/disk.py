@@ -11,10 +11,10 @@ whatever vanishes is a miss.
 import dataclasses
 import errno
 import hashlib
-import itertools
 import logging
 import os
 import queue
+import secrets
 import shutil
 import stat
 import struct
@@ -97,11 +97,10 @@ class DiskTier:
         self._print_of = print_of
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._num_flushing = 0
-        self._numbers = itertools.count()
         self._warned: set[str] = set()
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            probe = self.root / f".tmp-{os.getpid()}-probe"
+            probe = _temporary(self.root)
             os.close(_create(probe))
             probe.unlink()
             self.max_bytes = max_bytes or shutil.disk_usage(self.root).free // 10
@@ -174,7 +173,7 @@ class DiskTier:
             return False
         self._folder().mkdir(mode=0o700, exist_ok=True)
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        temporary = path.parent / f".tmp-{os.getpid()}-{next(self._numbers)}"
+        temporary = _temporary(path.parent)
         parts = (_HEAD.pack(_MAGIC, self.print, name, len(tokens)), tokens.tobytes(), buffer)
         digest = hashlib.sha256()
         try:
@@ -292,6 +291,11 @@ class DiskTier:
         if kind not in self._warned:
             self._warned.add(kind)
             log.warning("KV cache on disk: %s", message)
+
+
+def _temporary(folder: Path) -> Path:
+    """A name that nobody else uses; process ids may be the same in two containers."""
+    return folder / f".tmp-{secrets.token_hex(16)}"
 
 
 def _create(path: Path) -> int:
