@@ -48,6 +48,16 @@ def test_bench_http_times_nothing_when_its_check_fails(server):
     assert "status 404" in done.stderr and done.stdout == ""
 
 
+def test_bench_http_compares_the_api_with_a_bare_application(tmp_path):
+    model = make_tiny(tmp_path / "tiny", "qwen2")
+    done = run_tool("bench_http.py", "--api-cost", str(model), "--loads", "2:1", "--rounds", "1", "--seconds", "0.1")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["path"] for row in rows] == ["/v1/chat/completions", "/v1/completions"]
+    for row in rows:
+        assert row["ms_per_1000_chunks_of_64"]["bare"] > 0 and row["ms_per_1000_chunks_of_512"]["crane"] > 0
+
+
 def test_fetch_model_finds_the_default_model_in_the_cache_and_checks_it(smollm2):
     done = run_tool("fetch_model.py")
     assert done.returncode == 0 and done.stdout.strip() == str(smollm2)

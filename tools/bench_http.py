@@ -4,6 +4,7 @@
     python tools/bench_http.py http://127.0.0.1:8080 --clients 1,8,32
     python tools/bench_http.py URL --rate 4 --requests 40          open loop: 4 requests a second arrive
     python tools/bench_http.py URL --pid 1234                      and the CPU time of that process per 1,000 chunks
+    python tools/bench_http.py --api-cost MODEL                    CPU time of the API alone, see tools/api_cost.py
 
 It checks first: the same greedy request must give the same text streamed and whole, and the usage must
 count as many tokens as were asked for. Then it prints a table and, as its last line, one JSON document.
@@ -194,7 +195,11 @@ async def run(options) -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url", help="http://HOST:PORT of the server")
+    parser.add_argument("url", nargs="?", help="http://HOST:PORT of the server")
+    parser.add_argument("--api-cost", metavar="MODEL", help="time the API alone, beside a bare application (Linux)")
+    parser.add_argument("--loads", default="32:10,128:20", help="with --api-cost: streams and ms per step, e.g. 32:10")
+    parser.add_argument("--rounds", type=int, default=2, help="with --api-cost: how often each side is measured")
+    parser.add_argument("--seconds", type=float, default=2.0, help="with --api-cost: how long each time")
     parser.add_argument("--model", help="model name (default: the first of /v1/models)")
     parser.add_argument("--clients", default="1,8,32", help="closed loop: clients at a time, e.g. 1,8,32")
     parser.add_argument("--rate", type=float, help="open loop instead: requests a second")
@@ -203,6 +208,14 @@ def main() -> int:
     parser.add_argument("--prompt-words", type=int, default=100)
     parser.add_argument("--pid", type=int, help="also measure this process's CPU time per 1,000 chunks (Linux)")
     options = parser.parse_args()
+    if options.api_cost:
+        import api_cost  # needs crane and its packages, unlike the rest
+
+        rows = api_cost.run(options.api_cost, options.loads, options.rounds, options.seconds)
+        print(json.dumps({"benchmark": "api_cost", "rows": rows}))
+        return 0
+    if not options.url:
+        parser.error("expected the URL of a server, or --api-cost MODEL")
     rows = asyncio.run(run(options))
     print(json.dumps({"benchmark": "http", "url": options.url, "max_tokens": options.max_tokens, "rows": rows}))
     return 0
