@@ -23,7 +23,7 @@ _json = msgspec.json.Encoder().encode
 
 
 def health(context: Context, request: Request) -> Reply:
-    """200 when the engine takes requests, else 503 with its state."""
+    """Tell whether the engine takes requests. 200 when it does, else 503 with its state."""
     state = context.state
     if state.status == "ready":
         return Reply(_json({"status": "ok"}))
@@ -34,7 +34,7 @@ def health(context: Context, request: Request) -> Reply:
 
 
 def health_generate(context: Context, request: Request) -> Answer:
-    """200 once the engine has generated something, a probe's token if nobody else wants any; 503 after 30 s."""
+    """Tell whether the engine generates. 200 once it has, a probe's token if nobody else wants any; 503 after 30 s."""
     if context.state.status != "ready":
         return health(context, request)
     return Question("probe", lambda payload: Reply(_json({"status": "ok"})), timeout_s=PROBE_S)
@@ -47,12 +47,12 @@ def probe_failed(error: Exception) -> Reply:
 
 
 def stats(context: Context, request: Request) -> Answer:
-    """The engine's counters: the same from every worker."""
+    """Show the engine's counters. They are the same from every worker."""
     return Question("stats", lambda counters: Reply(_json(counters)))
 
 
 def model_info(context: Context, request: Request) -> Reply:
-    """What is served: the seed's fields and SGLang's. dtype and device are null until the engine is ready."""
+    """Describe what is served. The seed's fields and SGLang's. dtype and device are null until the engine is ready."""
     settings, model, info = context.settings, context.model, context.state.info
     own = {name: value for name, value in dataclasses.asdict(model.defaults).items() if value is not None}
     return Reply(_json({
@@ -78,12 +78,12 @@ def model_info(context: Context, request: Request) -> Reply:
 
 
 def server_info(context: Context, request: Request) -> Answer:
-    """All settings but secret ones, what the engine made of them, and its counters."""
+    """Describe the server. All settings but secret ones, what the engine made of them, and its counters."""
     return Question("stats", lambda counters: Reply(_json(_server_info(context, counters))))
 
 
 def flush_cache(context: Context, request: Request) -> Answer:
-    """Forget cached prefixes: 200 when nothing runs or waits within ?timeout=s (default 0), else 400."""
+    """Forget cached prefixes. 200 when nothing runs or waits within ?timeout=s (default 0), else 400."""
     timeout_s = _timeout_s(request.query.get("timeout", "0"))
 
     def render(payload: dict) -> Reply:
@@ -96,7 +96,7 @@ def flush_cache(context: Context, request: Request) -> Answer:
 
 
 def abort_request(context: Context, request: Request) -> Answer:
-    """End requests, of any worker: those whose id begins with `rid`, or all. Ids that do not run are no error."""
+    """End requests, of any worker. Those whose id begins with `rid`, or all. Ids that do not run are no error."""
     body = sglang.native_body(AbortBody, request.body, context)
 
     def render(num_aborted: int) -> Reply:

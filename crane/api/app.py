@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import falcon
@@ -20,11 +21,11 @@ from crane.api.access import Access, AuditLog, WatchedBody, watch_send, watch_st
 from crane.api.access import log as access_log
 from crane.api.auth import Gate, Keys, load_keys
 from crane.api.drivers import AsgiResource, Tether, WsgiResource, put, put_error
-from crane.api.endpoint import Context, Endpoint
+from crane.api.endpoint import Context, Endpoint, Reply
 from crane.api.errors import http_error_reply, not_ready
 from crane.api.rate_limits import Meters
 from crane.api.served import ServedModel
-from crane.errors import CraneError, ModelError
+from crane.errors import CraneError, ModelError, RequestError
 from crane.runtime.client import Link, LinkThread
 from crane.runtime.launch import own_arbiter
 from crane.runtime.settings import Settings
@@ -297,4 +298,16 @@ def _serialize_http_error(req, resp, error: falcon.HTTPError) -> None:
         405: f"{req.method} is not allowed for {req.path}",
     }
     message = messages.get(error.status_code) or error.description or error.title
-    put(resp, http_error_reply(error.status_code, message))
+    render = _dialect(req.path)
+    if render is None:
+        put(resp, http_error_reply(error.status_code, message))
+    else:
+        put(resp, render(RequestError(message, status=error.status_code)))
+
+
+def _dialect(path: str) -> Callable[[Exception], Reply] | None:
+    """How errors are written below the path of an endpoint that has its own way."""
+    for endpoint in ENDPOINTS:
+        if endpoint.error_reply is not None and (path + "/").startswith(endpoint.path + "/"):
+            return endpoint.error_reply
+    return None

@@ -117,7 +117,8 @@ class CompletionGeneration(BaseGeneration):
 
 
 def completions(context: Context, request: Request) -> CompletionGeneration:
-    """POST /v1/completions: one choice per prompt and n."""
+    """POST /v1/completions: continue prompts. Text or token ids, one or several, without a template; one choice per
+    prompt and n. With echo, logprobs and max_tokens 0 a prompt is scored and nothing generated."""
     body = decode(CompletionBody, request.body, context)
     model = context.model
     model.check_name(body.model)

@@ -41,7 +41,8 @@ class EmbeddingBody(QueuedBody, kw_only=True):
 
 
 def embeddings(context: Context, request: Request) -> GatheredOutputs:
-    """POST /v1/embeddings."""
+    """POST /v1/embeddings: embed texts. The last hidden state, pooled (last token or mean), of length one, cut to
+    `dimensions` when given; as numbers or base64."""
     body = decode(EmbeddingBody, request.body, context)
     model = context.model
     model.check_name(body.model)

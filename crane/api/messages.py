@@ -108,7 +108,7 @@ class MessagesGeneration(BlockGeneration):
 
 
 def messages(context: Context, request: Request) -> MessagesGeneration:
-    """POST /v1/messages."""
+    """POST /v1/messages: answer a chat in Anthropic's dialect. Thinking, tools and streams included."""
     body = decode(MessagesBody, request.body, context)
     context.model.check_name(body.model)
     with renamed(_FIELDS):
@@ -119,7 +119,7 @@ def messages(context: Context, request: Request) -> MessagesGeneration:
 
 
 def count_tokens(context: Context, request: Request) -> Reply:
-    """POST /v1/messages/count_tokens."""
+    """POST /v1/messages/count_tokens: count the tokens of such a request. Template and tools included."""
     body = decode(CountBody, request.body, context)
     context.model.check_name(body.model)
     with renamed(_FIELDS):

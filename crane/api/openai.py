@@ -135,7 +135,8 @@ class ChatGeneration(BaseGeneration):
 
 
 def chat_completions(context: Context, request: Request) -> ChatGeneration:
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions: answer a chat. The messages go through the model's own template; tools, reasoning,
+    response formats, log-probabilities and streams as in OpenAI's API, with vLLM's and SGLang's further parameters."""
     body, chat = _prepared(context, request)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "goes with logprobs: true only")
@@ -158,7 +159,7 @@ def chat_completions(context: Context, request: Request) -> ChatGeneration:
 
 
 def render_chat_completion(context: Context, request: Request) -> Reply:
-    """POST /v1/chat/completions/render: the prompt that this request would have, and no answer to it."""
+    """POST /v1/chat/completions/render: show a chat's prompt, and do not answer it. As text and as token ids."""
     _, chat = _prepared(context, request)
     return Reply(_json({"prompt": chat.text, "prompt_token_ids": chat.ids, "count": len(chat.ids)}))
 
@@ -194,12 +195,12 @@ def _thinking_budget(body: ChatBody) -> int | None:
 
 
 def list_models(context: Context, request: Request) -> Reply:
-    """GET /v1/models: the one model there is."""
+    """GET /v1/models: list the models. There is one, with the longest prompt plus answer that it takes."""
     return Reply(_json({"object": "list", "data": [_model_object(context)]}))
 
 
 def get_model(context: Context, request: Request) -> Reply:
-    """GET /v1/models/{id}, where the id may hold slashes."""
+    """GET /v1/models/{id}: describe a model. Its id may hold slashes; another than the served one is a 404."""
     context.model.check_name(request.params["model"])
     return Reply(_json(_model_object(context)))
 

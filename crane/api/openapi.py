@@ -142,11 +142,11 @@ def endpoints_for(others: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
         return document((*others, *own), settings)
 
     def openapi(context: Context, request: Request) -> Reply:
-        """The API as an OpenAPI document, made of the types that check the requests."""
+        """Describe the API as an OpenAPI document. It is made of the types that check the requests."""
         return Reply(msgspec.json.encode(described(context.settings)))
 
     def docs(context: Context, request: Request) -> Reply:
-        """The API as a page for people, without scripts or anything from elsewhere."""
+        """Describe the API as a page for people. It has no scripts and needs nothing from elsewhere."""
         headers = {
             "Content-Type": docs_page.HTML,
             "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",

@@ -20,7 +20,7 @@ _KINDS = {
 
 
 def plan(context: Context, request: Request) -> Question:
-    """What would become of a request now: its tokens, how many of them are cached, whether it fits, how long it
+    """Tell what would become of a request. Its tokens, how many of them are cached, whether it fits, how long it
     would wait, and when its first token would come.
 
     The body is one of /v1/chat/completions, /v1/completions or /generate, checked as there. Nothing is generated.

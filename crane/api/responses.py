@@ -174,7 +174,8 @@ class ResponsesGeneration(BlockGeneration):
 
 
 def responses(context: Context, request: Request) -> ResponsesGeneration:
-    """POST /v1/responses."""
+    """POST /v1/responses: answer in OpenAI's newer dialect. Input and output are typed items; the answer is kept for
+    previous_response_id and GET unless store is false."""
     body = decode(ResponsesBody, request.body, context)
     context.model.check_name(body.model)
     if body.stream_options is not None and not body.stream:
@@ -189,7 +190,7 @@ def responses(context: Context, request: Request) -> ResponsesGeneration:
 
 
 def count_input(context: Context, request: Request) -> Reply:
-    """POST /v1/responses/input_tokens: how many tokens the prompt of such a request has."""
+    """POST /v1/responses/input_tokens: count such a request's tokens. Earlier turns, template and tools included."""
     body = decode(ResponsesBody, request.body, context)
     context.model.check_name(body.model)
     with renamed(_FIELDS):
@@ -198,14 +199,17 @@ def count_input(context: Context, request: Request) -> Reply:
 
 
 def get_response(context: Context, request: Request) -> Reply:
-    """GET /v1/responses/{id}: a stored one."""
-    if request.query.get("stream") not in (None, "false"):
-        raise RequestError("stream is not supported here yet", field="stream", code="unsupported_parameter")
+    """GET /v1/responses/{id}: get a stored response. As a whole: only those made in the background could be
+    streamed again, and crane makes none there."""
+    for name in ("stream", "starting_after", "include_obfuscation"):
+        if request.query.get(name) not in (None, "false"):
+            why = "only a response made in the background can be streamed again, and crane makes none there"
+            raise RequestError(f"{name}: {why}", field=name, code="unsupported_parameter")
     return Reply(_json(_record(context, request)["response"]))
 
 
 def delete_response(context: Context, request: Request) -> Reply:
-    """DELETE /v1/responses/{id}."""
+    """DELETE /v1/responses/{id}: forget a stored response. Later turns that name it are refused."""
     response_id = request.params["response_id"]
     if not ResponseStore.of(context.settings).delete(response_id):
         raise _unknown(response_id)
@@ -213,13 +217,15 @@ def delete_response(context: Context, request: Request) -> Reply:
 
 
 def cancel_response(context: Context, request: Request) -> Reply:
-    """POST /v1/responses/{id}/cancel: stored ones have ended, and crane runs none in the background."""
+    """POST /v1/responses/{id}/cancel: cancel a response. Always a 400: stored ones have ended, and crane runs none in
+    the background."""
     status = _record(context, request)["response"]["status"]
     raise RequestError(f"this response cannot be cancelled: it is {status}, and was not made in the background")
 
 
 def list_input(context: Context, request: Request) -> Reply:
-    """GET /v1/responses/{id}/input_items: all that the response answered, the newest first."""
+    """GET /v1/responses/{id}/input_items: list what a response answered. Its input and all turns before it, the newest
+    first."""
     query = request.query
     limit, order = query.get("limit", "20"), query.get("order", "desc")
     if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= MAX_LIST):

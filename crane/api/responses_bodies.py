@@ -131,7 +131,7 @@ class Reasoning(Body):
     mode: StandardMode = None
 
 
-class StreamOptions(Body):
+class ResponsesStreamOptions(Body):
     """What a stream carries."""
 
     include_obfuscation: Off = None
@@ -146,7 +146,7 @@ class ResponsesBody(QueuedBody, kw_only=True):
     previous_response_id: str | None = None
     store: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponsesStreamOptions | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, le=MAX_INT)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None

@@ -80,7 +80,8 @@ class RerankBody(QueuedBody, kw_only=True):
 
 
 def score(context: Context, request: Request) -> GatheredOutputs:
-    """POST /v1/score."""
+    """POST /v1/score: score pairs of texts, or labels. Relevance by the model's yes or no (vLLM's form), or the
+    probabilities of labels after a query (SGLang's)."""
     body = decode(ScoreBody, request.body, context)
     context.model.check_name(body.model)
     pairs = {"text_1": "text_2", "queries": "documents"}
@@ -101,7 +102,7 @@ def score(context: Context, request: Request) -> GatheredOutputs:
 
 
 def rerank(context: Context, request: Request) -> GatheredOutputs:
-    """POST /v1/rerank."""
+    """POST /v1/rerank: sort documents by their relevance to a query. Asked of the model, by its yes or no."""
     body = decode(RerankBody, request.body, context)
     context.model.check_name(body.model)
     texts = [each if isinstance(each, str) else each.text for each in body.documents]

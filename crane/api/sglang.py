@@ -42,7 +42,8 @@ def native_body(kind: type, raw: bytes, context: Context):
 
 
 def generate(context: Context, request: Request) -> NativeGeneration:
-    """Generate from text or token ids, one prompt or a batch (SGLang's native route)."""
+    """Generate in SGLang's native dialect. From text or token ids, one prompt or a batch; the text of a stream's events
+    is all so far, or with --incremental-streaming-output what is new."""
     body = native_body(NativeBody, request.body, context)
     inputs, batched = _inputs(body, context.model)
     num = len(inputs)

@@ -56,7 +56,8 @@ class NativePrompt:
 
 @dataclass
 class NativeChoice:
-    """One answer in the making. number: among those of its prompt. num_shown: tokens that events have shown."""
+    """One answer in the making. number: among those of its prompt. num_shown, num_characters: tokens and characters
+    that events have shown."""
 
     index: int
     number: int
@@ -69,11 +70,12 @@ class NativeChoice:
     usage: Usage = Usage(0, 0)  # as the engine counts, once it has ended the choice
     engine_done: bool = False
     num_shown: int = 0
+    num_characters: int = 0
     drawn: Scores = field(default_factory=Scores)
 
 
 class NativeGeneration:
-    """See `endpoint.Generation`. The text and ids of an event are all so far, not what is new.
+    """See `endpoint.Generation`. The text and ids of an event are all so far; what is new where the settings say so.
 
     listed: the answer is a list, and events say whose they are. with_text: log-probabilities name their tokens.
     """
@@ -85,6 +87,7 @@ class NativeGeneration:
         self.requests: list[Generate] = []
         self.choices: list[NativeChoice] = []
         self._tokenizer = context.model.tokenizer
+        self._incremental = context.settings.incremental_streaming_output
         self._listed = listed
         self._with_text = with_text
         self._with_prompt_ids = with_prompt_ids
@@ -175,8 +178,12 @@ class NativeGeneration:
         return num_new >= choice.prompt.interval or choice.finish_reason is not None
 
     def _event(self, choice: NativeChoice) -> bytes:
-        choice.num_shown = len(choice.stream.token_ids)
         answer = self._answer(choice)
+        num_tokens, num_characters = len(choice.stream.token_ids), len(answer["text"])
+        if self._incremental:
+            answer["text"] = answer["text"][choice.num_characters :]
+            answer["output_ids"] = choice.stream.token_ids[choice.num_shown :]
+        choice.num_shown, choice.num_characters = num_tokens, num_characters
         if self._listed:
             answer["index"] = choice.index
         return sse.frame(sse.json_line(answer))

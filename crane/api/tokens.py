@@ -10,7 +10,8 @@ _json = msgspec.json.Encoder().encode
 
 
 def tokenize(context: Context, request: Request) -> Reply:
-    """{tokens, count, max_model_len} and, when asked for, token_strs; lists of these for a list of texts."""
+    """Encode a text or a chat. Answers {tokens, count, max_model_len} and, when asked for, token_strs; lists
+    of these for a list of texts."""
     body = decode(TokenizeBody, request.body, context)
     context.model.check_name(body.model)
     given = [name for name in ("text", "prompt", "messages") if getattr(body, name) is not None]
@@ -40,7 +41,7 @@ def tokenize(context: Context, request: Request) -> Reply:
 
 
 def detokenize(context: Context, request: Request) -> Reply:
-    """{text} and, the same under vLLM's name, {prompt}; lists of texts for a list of lists."""
+    """Decode token ids. Answers {text} and, the same under vLLM's name, {prompt}; lists of texts for lists of ids."""
     body = decode(DetokenizeBody, request.body, context)
     context.model.check_name(body.model)
     kinds = {type(item) for item in body.tokens}

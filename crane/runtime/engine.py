@@ -34,6 +34,17 @@ log = logging.getLogger("crane.engine")
 _GRAMMAR_POLL_S = 0.005
 
 
+def _load_grammars(checkpoint, config) -> GrammarCompiler:
+    """The vocabulary as grammars need it, made now: it takes the interpreter for itself for moments."""
+    tokenizer = load_tokenizer(checkpoint)
+    # A model's embedding is often padded beyond its tokenizer; some fine-tunes add tokens the model lacks:
+    # ids that may be given or drawn are those that both know.
+    vocab_size = min(tokenizer.vocab_size, config.vocab_size)
+    grammars = GrammarCompiler(tokenizer, vocab_size, frozenset(config.eos_token_ids))
+    grammars.prepare().result()
+    return grammars
+
+
 class Engine:
     """One model on one device. All calls come from the thread that made it.
 
@@ -52,12 +63,10 @@ class Engine:
         dtype = devices.pick_dtype(settings, device, config.dtype)
         disk = open_disk(settings, checkpoint, config, dtype)
         with ThreadPoolExecutor(1) as pool:  # the vocabulary is read while the weights are
-            loaded = pool.submit(load_tokenizer, checkpoint)
+            loaded = pool.submit(_load_grammars, checkpoint, config)
             model = load_model(checkpoint, config, device, dtype, progress, devices.is_exact(settings))
-            tokenizer = loaded.result()
-        # A model's embedding is often padded beyond its tokenizer; some fine-tunes add tokens the model lacks:
-        # ids that may be given or drawn are those that both know.
-        vocab_size = min(tokenizer.vocab_size, config.vocab_size)
+            self._grammars = loaded.result()
+        vocab_size = self._grammars.vocab_size
         self.memory = KVMemory(settings, config, device, dtype, disk)
         self.runner = ModelRunner(model, self.memory.pages, vocab_size)
         self.scheduler = Scheduler(
@@ -73,7 +82,6 @@ class Engine:
             disk=self.memory.disk,
         )
         self._eos_ids = frozenset(config.eos_token_ids)
-        self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_ids)
         self._compiling: list[Sequence] = []  # new sequences whose grammar may yet turn out to be wrong
         self._stats = EngineStats(num_pages=self.memory.pool.num_pages)
         self._recovery = Recovery(lambda batch: self.runner.run(batch), self.runner.free_memory)

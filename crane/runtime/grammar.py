@@ -1,9 +1,9 @@
 """Structured output: grammars compiled aside, and which tokens a sequence may go on with.
 
-llguidance does the matching. It is loaded, and the vocabulary handed to it, when the first grammar
-arrives. Compiling and masks run on threads without the interpreter's lock, masks while the
-model computes the same step's logits. What takes longer than that delays the sequence
-it is for and no other. Torch-free.
+llguidance does the matching. It is loaded, and the vocabulary handed to it, while the weights are
+read: that keeps the interpreter to itself for moments. Compiling and masks run on threads without
+the interpreter's lock, masks while the model computes the same step's logits. What takes longer
+than that delays the sequence it is for and no other. Torch-free.
 """
 
 import os
@@ -50,10 +50,15 @@ class GrammarCompiler:
         self.vocab_size = vocab_size
         self.num_words = (vocab_size + 1 + 31) // 32  # one more id says that the grammar may end
 
-    def compile(self, grammar: str) -> Future:
-        """A future of the grammar's matcher in its first state, to be copied; it may hold a GrammarError."""
+    def prepare(self) -> Future:
+        """Have the vocabulary ready for the first grammar."""
         if self._vocabulary is None:
             self._vocabulary = self._grammars.submit(_vocabulary, self._tokenizer, self.vocab_size, self._eos_ids)
+        return self._vocabulary
+
+    def compile(self, grammar: str) -> Future:
+        """A future of the grammar's matcher in its first state, to be copied; it may hold a GrammarError."""
+        self.prepare()
         found = self._kept.get(grammar)
         if found is None:
             found = self._kept[grammar] = self._grammars.submit(_compile, grammar, self._vocabulary)

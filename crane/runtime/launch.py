@@ -43,7 +43,7 @@ EXIT_HALT = 3
 API_SETTINGS = frozenset(
     ("model_name", "reasoning_field", "host", "port", "workers", "engine_socket", "response_store", "api_key",
      "api_key_file", "isolate_keys", "user_special_tokens", "metrics_key", "cors_origins", "access_log", "audit_log",
-     "worker_swap", "log_level",
+     "worker_swap", "log_level", "metric_aliases", "incremental_streaming_output",
      "max_body", "max_prompt_chars", "max_messages", "max_tools", "max_n", "max_logprobs", "max_stop", "max_stop_chars",
      "max_logit_bias", "max_schema", "max_connections", "header_timeout_s", "body_timeout_s", "write_timeout_s")
 )  # fmt: skip

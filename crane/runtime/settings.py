@@ -103,6 +103,13 @@ class Settings:
         "field of a chat's answer that has the reasoning: reasoning_content, or both it and reasoning",
         choices=("reasoning_content", "both"),
     )
+    incremental_streaming_output: bool = _setting(
+        False, "events of a streamed /generate have the new text and ids only, as with SGLang's flag of this name"
+    )
+    metric_aliases: str = _setting(
+        "none", "also show /metrics under the names that dashboards for these servers look for",
+        choices=("none", "vllm", "sglang", "both"),
+    )
     workers: int = _setting(1, "API worker processes of `crane serve`", minimum=1)
     engine_socket: str = _setting("", "socket of an engine to use instead of starting one")
     response_store: int = _setting(

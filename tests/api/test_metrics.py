@@ -2,9 +2,11 @@
 
 import re
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from crane.runtime.metrics import Metrics
+from crane.runtime.settings import Settings
 from crane.runtime.types import EngineStats, Output, State, Usage
 from tests.api.harness import INFO
 
@@ -54,6 +56,22 @@ def test_histograms_are_cumulative_and_end_with_infinity(client):
     assert abs(values["crane:e2e_request_latency_seconds_sum",] - 0.42) < 1e-9
     for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "request_queue_time_seconds"):
         assert (f"crane:{name}_count",) in values
+
+
+@pytest.mark.parametrize("setting, shown", [
+    ("none", ()), ("vllm", ("vllm",)), ("sglang", ("sglang",)), ("both", ("vllm", "sglang")),
+])  # fmt: skip
+def test_dashboards_of_other_servers_find_their_names_when_asked_to(client, setting, shown):
+    here = client(answer=payload(), settings=Settings(metric_aliases=setting))
+    values = samples(here.get("/metrics").body.decode())
+    assert {name.partition(":")[0] for name, *_ in values} == {"crane", *shown}
+    if "vllm" in shown:
+        assert values["vllm:num_requests_waiting",] == 6 and values["vllm:prefix_cache_hits_total",] == 10
+        assert values["vllm:e2e_request_latency_seconds_bucket", "+Inf"] == 1
+        assert values["vllm:request_success_total", "stop"] == 1
+    if "sglang" in shown:
+        assert values["sglang:num_running_reqs",] == 5 and values["sglang:token_usage",] == 0.25
+        assert values["sglang:generation_tokens_total",] == 9 and values["sglang:queue_time_seconds_count",] == 1
 
 
 def test_every_metric_explains_itself(client):

@@ -31,7 +31,9 @@ def test_every_route_is_described_once(document):
     ids = [each["operationId"] for _, _, each in operations(document)]
     assert len(set(ids)) == len(ids)
     for path, method, each in operations(document):
-        assert each["summary"] and each["tags"] and "200" in each["responses"] and "500" in each["responses"]
+        assert len(each["summary"].split()) >= 2, f"{method} {path}: a summary is a short sentence"
+        assert len(each["description"]) > len(each["summary"]) + 20, f"{method} {path}: a description says more"
+        assert each["tags"] and "200" in each["responses"] and "500" in each["responses"]
         assert re.findall(r"{(\w+)}", path) == [p["name"] for p in each.get("parameters", []) if p["in"] == "path"]
 
 

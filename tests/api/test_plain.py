@@ -116,6 +116,19 @@ def test_unknown_route_is_404_in_openais_shape(client):
     assert "/v2/nothing" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("method, path, status, kind", [
+    ("GET", "/v1/messages", 405, "invalid_request_error"), ("POST", "/v1/messages/batches", 404, "not_found_error"),
+    ("PATCH", "/v1/messages/count_tokens", 405, "invalid_request_error"),
+])  # fmt: skip
+def test_routes_that_are_not_there_are_refused_in_the_dialect_of_their_place(client, method, path, status, kind):
+    response = client().request(method, path)
+    assert response.status == status
+    error = response.json()
+    assert error["type"] == "error" and error["error"]["type"] == kind and path in error["error"]["message"]
+    elsewhere = client().request(method, path.replace("messages", "messages_"))
+    assert elsewhere.status == 404 and elsewhere.json()["error"]["param"] is None
+
+
 def test_wrong_method_is_405_and_names_the_right_ones(client):
     response = client().get("/v1/chat/completions")
     assert response.status == 405 and "POST" in response.headers["allow"]

@@ -175,6 +175,17 @@ def test_stream_is_cumulative_with_full_meta_info_in_every_event(client, say, mo
     assert "e2e_latency" in events[-1]["meta_info"] and "e2e_latency" not in events[0]["meta_info"]
 
 
+def test_stream_has_only_what_is_new_when_the_server_says_so(client, say, model):
+    here = client(say("one two END x"), settings=Settings(incremental_streaming_output=True))
+    body = {"text": "x", "stream": True, "sampling_params": {"stop": "END", "no_stop_trim": True}}
+    *events, _ = here.post(PATH, body).data()
+    assert "".join(event["text"] for event in events) == "one two END"
+    ids = [token_id for event in events for token_id in event["output_ids"]]
+    assert ids == model.tokenizer.encode("one two END x")[: len(ids)] and len(events) > 2
+    assert [event["meta_info"]["completion_tokens"] for event in events][-1] == len(ids)
+    assert here.post(PATH, {"text": "x"}).json()["text"] == "one two END x"
+
+
 def test_stream_of_several_says_whose_event_it_is(client, say):
     body = {"text": ["x", "y"], "sampling_params": {"n": 2}, "stream": True}
     *events, done = client(say("one two")).post(PATH, body).data()
