@@ -108,6 +108,21 @@ def test_module_loads_without_torch(module):
     assert done.stdout.strip() == "[]", f"{module} loads {done.stdout.strip()}"
 
 
+def test_every_feature_names_the_test_that_holds_it_or_says_why_not():
+    rows = 0
+    for line in (ROOT / "docs" / "features.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if not cells or cells[1] in ("crane", "---"):
+            continue
+        rows += 1
+        assert len(cells) == 6 and cells[1] in ("Y", "P", "N"), line
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", cells[5])
+        assert named or (cells[1] == "N" and cells[5]), f"nothing holds: {line}"
+        for path, test in named:
+            assert re.search(rf"^(async )?def {test}\(", (ROOT / "tests" / path).read_text(), re.M), f"{path}::{test}"
+    assert rows > 60
+
+
 def test_versions_are_pinned_for_every_package_that_setup_cfg_names():
     import configparser
 
