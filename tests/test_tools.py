@@ -61,3 +61,45 @@ def test_bench_http_compares_the_api_with_a_bare_application(tmp_path):
 def test_fetch_model_finds_the_default_model_in_the_cache_and_checks_it(smollm2):
     done = run_tool("fetch_model.py")
     assert done.returncode == 0 and done.stdout.strip() == str(smollm2)
+
+
+def test_soak_finds_nothing_wrong_while_it_kills_and_checks():
+    done = run_tool("soak.py", "--requests", "2200", "--kill-every", "1.0", "--seconds", "90")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines() if line and line[-1].isdigit())
+    assert "PROBLEM" not in done.stdout and any(name.startswith("kills of") for name in rows)
+    assert all(int(rows[f"answers checked, {how}"]) > 20 for how in ("whole", "stream", "slow"))
+
+
+def test_soak_fails_a_run_for_what_it_looks_for():
+    from tools import soak
+
+    tally = soak.Tally()
+    soak.compare({"worker": (50.0, 20, 4)}, {"worker": (52.0, 21, 6)}, tally)
+    assert not tally.problems
+    soak.compare({"worker": (50.0, 20, 4)}, {"worker": (90.0, 60, 40)}, tally)
+    assert [word in text for word, text in zip(("memory", "open files", "threads"), tally.problems)] == [True] * 3
+    with pytest.raises(soak.Lost):
+        soak.joined([b'{"error": {"message": "the engine has left"}}'])
+    answer = {"choices": [{"index": 0, "text": "a", "finish_reason": "stop", "logprob": 0.12345}], "id": "x"}
+    other = json.loads(json.dumps(answer).replace("0.12345", "0.12501").replace('"x"', '"y"'))
+    assert soak.essence(answer) != soak.essence(other) and soak.texts(answer) == soak.texts(other)
+
+
+@pytest.mark.parametrize("raw, whole", [(b"2\r\nab\r\n0\r\n\r\n", True), (b"2\r\nab\r\n", False), (b"5\r\nab", False)])
+def test_soak_tells_a_stream_that_was_cut_from_one_that_ended(raw, whole):
+    import asyncio
+
+    from tools import soak
+
+    async def read():
+        reader = asyncio.StreamReader()
+        reader.feed_data(raw)
+        reader.feed_eof()
+        return await soak._Chunks(reader).read()
+
+    if whole:
+        assert asyncio.run(read()) == b"ab"
+    else:
+        with pytest.raises(soak.Lost):
+            asyncio.run(read())
