@@ -14,7 +14,6 @@ from crane.api.endpoint import Generation
 from crane.api.rate_limits import Lease, Meter
 from crane.api.tenancy import Tenant, isolated
 from crane.errors import SettingsError
-from crane.runtime.types import Output
 
 log = logging.getLogger("crane.access")
 
@@ -32,7 +31,6 @@ class Access:
         self.tenant: Tenant | None = None
         self.meter: Meter | None = None
         self.lease: Lease | None = None
-        self.watches = logs or audit is not None
         self._logs = logs
         self._audit = audit
         self._client = client
@@ -45,9 +43,8 @@ class Access:
         self._num_bytes = 0
         self._generation: Generation | None = None
         self._num_prompt = 0
-        self._num_completion = 0
         self._over = False
-        self.status = 0
+        self.status = 500  # unless an answer says otherwise
         self.request_id = "-"
 
     def begins(self, generation: Generation) -> None:
@@ -59,11 +56,6 @@ class Access:
             self.lease.reserve(self._num_prompt + most)
         if self._isolate and self.tenant is not None:
             generation.requests[:] = isolated(generation.requests, self.tenant.id)
-
-    def got(self, outputs: list[Output]) -> None:
-        """The engine gave this."""
-        for output in outputs:
-            self._num_completion += len(output.token_ids)
 
     def wrote(self, size: int) -> None:
         """So many bytes of the body went out."""
@@ -78,7 +70,7 @@ class Access:
         self._over = True
         if self.lease is not None:
             asked = self._generation is not None and self.lease.reserved
-            self.lease.end(self._num_prompt + self._num_completion if asked else 0)
+            self.lease.end(self._num_prompt + self._generation.num_tokens if asked else 0)
         if self._audit is not None:
             self._audit.add(self._record())
         if self._logs:
@@ -98,7 +90,7 @@ class Access:
             "first_ms": self._first_s and round(1000 * self._first_s, 1),
         }
         if self._generation is not None:
-            record |= {"prompt_tokens": self._num_prompt, "completion_tokens": self._num_completion,
+            record |= {"prompt_tokens": self._num_prompt, "completion_tokens": self._generation.num_tokens,
                        "cut": not self._generation.finished}  # fmt: skip
         return record
 
@@ -107,9 +99,10 @@ class Access:
         words = [self._method, self._path, str(self.status), f"bytes={self._num_bytes}", f"ms={1000 * elapsed_s:.1f}"]
         if self._first_s is not None:
             words.append(f"first_ms={1000 * self._first_s:.1f}")
-        if self._generation is not None:
-            words.append(f"prompt_tokens={self._num_prompt} completion_tokens={self._num_completion}")
-            if not self._generation.finished:
+        generation = self._generation
+        if generation is not None:
+            words.append(f"prompt_tokens={self._num_prompt} completion_tokens={generation.num_tokens}")
+            if not generation.finished:
                 words.append("cut")  # the client left, or the engine was lost
         if self.tenant is not None:
             words.append(f"key={self.tenant.name}")
@@ -142,46 +135,15 @@ def access_of(req) -> Access:
     return (req.env if isinstance(getattr(req, "env", None), dict) else req.scope)["crane.access"]
 
 
-def watch_send(access: Access, send):
-    """ASGI's `send`, seen by `access`."""
-
-    async def watched(event):
-        if event["type"] == "http.response.start":
-            access.status = event["status"]
-            for name, value in event["headers"]:
-                if name == b"x-request-id":
-                    access.request_id = value.decode()
-        else:
-            access.wrote(len(event.get("body", b"")))
-        await send(event)
-
-    return watched
-
-
-def watch_start(access: Access, start_response):
-    """WSGI's `start_response`, seen by `access`."""
-
-    def watched(status, headers, exc_info=None):
-        access.status = int(status[:3])
-        for name, value in headers:
-            if name == "x-request-id":
-                access.request_id = value
-        return start_response(status, headers, exc_info) if exc_info else start_response(status, headers)
-
-    return watched
-
-
 class WatchedBody:
-    """A WSGI answer, seen by `access`. The server calls close() whatever happens."""
+    """A WSGI answer, whose end is the request's. The server calls close() whatever happens."""
 
     def __init__(self, access: Access, chunks):
         self._access = access
         self._chunks = chunks
 
     def __iter__(self):
-        for chunk in self._chunks:
-            self._access.wrote(len(chunk))
-            yield chunk
+        return iter(self._chunks)
 
     def close(self) -> None:
         try:

@@ -17,7 +17,7 @@ import falcon.asgi
 from crane.api import (
     admin, completions, embeddings, messages, metrics, openai, openapi, plan, responses, score, sglang, tokens,
 )  # fmt: skip
-from crane.api.access import Access, AuditLog, WatchedBody, watch_send, watch_start
+from crane.api.access import Access, AuditLog, WatchedBody, access_of
 from crane.api.access import log as access_log
 from crane.api.auth import Gate, Keys, load_keys
 from crane.api.drivers import AsgiResource, Tether, WsgiResource, put, put_error
@@ -47,6 +47,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 ENDPOINTS += openapi.endpoints_for(ENDPOINTS)
 
 log = logging.getLogger("crane.api")
+
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
 @dataclass
@@ -99,7 +101,7 @@ class App:
         self._pid = 0
         self._starting: asyncio.Task | None = None
         self._warned = False
-        parts = [RequestId(), Cors(self._current_site), Gate(self._current_site)]
+        parts = [Watch(), Cors(self._current_site), Gate(self._current_site)]
         self._wsgi = _build(falcon.App(middleware=parts), WsgiResource, self._current_site)
         self._asgi = _build(falcon.asgi.App(middleware=parts), AsgiResource, self._current_site)
 
@@ -112,7 +114,7 @@ class App:
         site = self.start_blocking()
         client = first.get("REMOTE_ADDR", "")
         access = first["crane.access"] = site.access(first["REQUEST_METHOD"], first.get("PATH_INFO", ""), client)
-        return WatchedBody(access, self._wsgi(first, watch_start(access, second)))
+        return WatchedBody(access, self._wsgi(first, second))
 
     @property
     def settings(self) -> Settings:
@@ -183,7 +185,7 @@ class App:
         client = (scope.get("client") or ("",))[0]
         access = scope["crane.access"] = self._site.access(scope["method"], scope["path"], client)
         try:
-            await self._asgi(scope, _eager(receive), watch_send(access, send) if access.watches else send)
+            await self._asgi(scope, _eager(receive), send)
         finally:
             tether.release()
             access.ends()
@@ -212,15 +214,26 @@ else:
     App.__call__._is_coroutine = asyncio.coroutines._is_coroutine
 
 
-class RequestId:
-    """falcon middleware: every response carries the client's x-request-id, or a new one."""
+class Watch:
+    """falcon middleware around all others: every response carries the client's x-request-id, or a new one; and the
+    access log gets to know it, the status, and the size of an answer that is no stream."""
 
     def process_request(self, req, resp) -> None:
-        given = req.get_header("x-request-id") or ""
-        resp.set_header("x-request-id", given if re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex)
+        access, given = access_of(req), req.get_header("x-request-id")
+        access.request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        resp.set_header("x-request-id", access.request_id)
+
+    def process_response(self, req, resp, resource, req_succeeded: bool) -> None:
+        access = access_of(req)
+        access.status = resp.status_code
+        if resp.data and req.method != "HEAD":
+            access.wrote(len(resp.data))
 
     async def process_request_async(self, req, resp) -> None:
         self.process_request(req, resp)
+
+    async def process_response_async(self, req, resp, resource, req_succeeded: bool) -> None:
+        self.process_response(req, resp, resource, req_succeeded)
 
 
 class Cors:

@@ -108,6 +108,7 @@ class ChatParser:
     answer is not searched for calls. thinking_open: the prompt ends inside the thinking section.
     parallel: whether more than one call is wanted; if not, `done` is set after the first, on
     which the caller may abort the request. reasoning, content, calls: all that came so far.
+    verbatim: all further text is content as it is; it need not be pushed when its event is not wanted.
     """
 
     form: ChatForm
@@ -139,7 +140,7 @@ class ChatParser:
         self._json = JsonFollower()
         self._streams = False  # arguments are passed on as they come
         self._read = self._start
-        self._verbatim = not (self._marks or self.thinking_open or self.form.thinks)  # nothing to look for
+        self.verbatim = not (self._marks or self.thinking_open or self.form.thinks)
         if self.thinking_open:
             self._think()
         elif not self.form.thinks:
@@ -157,7 +158,7 @@ class ChatParser:
 
     def push(self, text: str) -> list[ChatEvent]:
         """The events that `text` completes."""
-        if self._verbatim and text:
+        if self.verbatim and text:
             self._parts[Content].append(text)
             return [Content(text)]
         self._buffer += text
@@ -234,6 +235,8 @@ class ChatParser:
         return True
 
     def _plain(self) -> bool:
+        if not self._marks and not self._strip:
+            self.verbatim = True
         mark = self._give_until(self._marks, Content, trim=bool(self._marks))
         if mark is None:
             return False

@@ -50,6 +50,12 @@ class CompletionGeneration(BaseGeneration):
         waiting = [(choice, output), *self._held.pop(output.rid)]
         return b"".join([super(CompletionGeneration, self)._push(*each) for each in waiting])
 
+    def _around(self, choice: Choice) -> tuple[bytes, bytes] | None:
+        if self._body.return_token_ids:
+            return None
+        before = b'{"index":%d,"text":' % choice.index
+        return self._head + before, b',"logprobs":null,"finish_reason":null}' + self._tail
+
     def _frames(self, choice: Choice, delta: Delta) -> bytes:
         text, logprobs = delta.text, None
         if self._logprobs and delta.logprobs:

@@ -80,13 +80,16 @@ class Tether:
     """Ties the engine's work for one ASGI request to its client.
 
     falcon does not look whether a streaming client is still there, so a task of
-    ours does: it wakes the stream when the client leaves.
+    ours does: it wakes the stream when the client leaves. And one timer a stream
+    nudges it when nothing has been sent for a while. sent_at: when something was, on the loop's clock.
     """
 
     def __init__(self, receive):
         self._receive = receive
         self._stream = None
         self._watcher = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.sent_at = 0.0
 
     def hold(self, stream):
         """`stream`, from now on closed with the request. Call once the body is read."""
@@ -94,8 +97,20 @@ class Tether:
         self._watcher = asyncio.create_task(self._watch())
         return stream
 
+    def pulse(self) -> None:
+        """Nudge the stream whenever nothing has been sent for KEEP_ALIVE_S."""
+        loop = asyncio.get_running_loop()
+        now, period_s = loop.time(), sse.KEEP_ALIVE_S
+        self.sent_at = self.sent_at or now
+        if now - self.sent_at >= period_s:
+            self._stream.nudge()
+            self.sent_at = now
+        self._timer = loop.call_at(self.sent_at + period_s, self.pulse)
+
     def release(self) -> None:
         """The request is over: whatever of it still runs is aborted."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
         if self._stream is not None:
@@ -153,14 +168,16 @@ class BlockingFrames:
         sent_at = time.monotonic()
         chunk = generation.start()
         if chunk:
+            access.wrote(len(chunk))
             yield chunk
         while not generation.finished:
             outputs = wait_blocking(self._stream, client, sent_at + sse.KEEP_ALIVE_S)
             if outputs == []:
                 return
-            chunk = sse.KEEP_ALIVE if outputs is None else advance(link, generation, outputs, access)
+            chunk = sse.KEEP_ALIVE if outputs is None else advance(link, generation, outputs)
             if chunk:
                 sent_at = time.monotonic()
+                access.wrote(len(chunk))
                 yield chunk
 
 
@@ -186,9 +203,8 @@ class WsgiClient:
             return True
 
 
-def advance(link, generation: Generation, outputs: list[Output], access: Access) -> bytes:
+def advance(link, generation: Generation, outputs: list[Output]) -> bytes:
     """Feed one batch of outputs and return all that can be sent now, the end included."""
-    access.got(outputs)
     try:
         chunk = generation.feed(outputs)
     except Exception as error:  # the status line is out: an error event is the only way to answer
@@ -197,33 +213,34 @@ def advance(link, generation: Generation, outputs: list[Output], access: Access)
         log.exception("a stream broke")
         generation.failed = EngineError("internal", "internal error")
         return getattr(generation, "broken", error_frame)(error)  # each dialect has its own
-    for rid, index in generation.take_aborts():
-        link.abort(rid, index)
-    if generation.stream and generation.finished:
+    if generation.aborts:
+        for rid, index in generation.aborts:
+            link.abort(rid, index)
+        generation.aborts.clear()
+    if generation.finished and generation.stream:
         chunk += generation.finish()
     return chunk
 
 
-async def frames_async(link, stream, generation: Generation, access: Access) -> AsyncIterator[bytes]:
+async def frames_async(link, stream, generation: Generation, tether: Tether, access: Access) -> AsyncIterator[bytes]:
     """The chunks of one ASGI stream; ends early when the client is gone."""
     now = asyncio.get_running_loop().time
-    sent_at = now()
+    tether.pulse()
     chunk = generation.start()
-    if chunk:
-        yield chunk
-    while not generation.finished:
-        try:
-            async with asyncio.timeout_at(sent_at + sse.KEEP_ALIVE_S):
-                outputs = await stream.next()
-        except TimeoutError:
+    while True:
+        if chunk:
+            tether.sent_at = now()
+            access.wrote(len(chunk))
+            yield chunk
+        if generation.finished:
+            return
+        outputs = await stream.next()
+        if outputs:
+            chunk = advance(link, generation, outputs)
+        elif outputs is None:
             chunk = sse.KEEP_ALIVE
         else:
-            if not outputs:
-                return
-            chunk = advance(link, generation, outputs, access)
-        if chunk:
-            sent_at = now()
-            yield chunk
+            return
 
 
 def wait_blocking(stream, client: WsgiClient, until: float) -> list[Output] | None:
@@ -263,13 +280,13 @@ async def _generate_async(link, generation: Generation, scope: dict, resp) -> Re
     await stream.accepted()  # so that a refusal still has a status of its own
     if generation.stream:
         resp.set_headers(sse.HEADERS)
-        resp.stream = frames_async(link, stream, generation, access)
+        resp.stream = frames_async(link, stream, generation, tether, access)
         return None
     while not generation.finished:
         outputs = await stream.next()
         if not outputs:
             return CLIENT_GONE
-        advance(link, generation, outputs, access)
+        advance(link, generation, outputs)
     return Reply(generation.body())
 
 
@@ -291,7 +308,7 @@ def _generate_blocking(link, generation: Generation, environ: dict, resp) -> Rep
             outputs = wait_blocking(stream, client, float("inf"))
             if not outputs:
                 return CLIENT_GONE
-            advance(link, generation, outputs, access)
+            advance(link, generation, outputs)
         return Reply(generation.body())
     finally:
         if not streaming:

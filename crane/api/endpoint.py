@@ -54,23 +54,26 @@ class Question:
 class Generation(Protocol):
     """Outputs in, bytes out, for one HTTP request. See `generation.BaseGeneration`.
 
-    stream: whether the client wants events. failed: set when the engine broke it.
+    stream: whether the client wants events. failed: set when the engine broke it. aborts: choices, as (rid, index),
+    that need no more tokens although the engine still makes them; the driver takes them out.
     """
 
     requests: list[Generate]
     stream: bool
+    aborts: list[tuple[str, int]]
 
     @property
     def finished(self) -> bool: ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the answer so far, of all choices."""
 
     def start(self) -> bytes:
         """The frames that precede any output."""
 
     def feed(self, outputs: list[Output]) -> bytes:
         """The frames that `outputs` complete (b"" when none, or when not streaming)."""
-
-    def take_aborts(self) -> list[tuple[str, int]]:
-        """Choices, as (rid, index), that need no more tokens although the engine still makes them."""
 
     def finish(self) -> bytes:
         """The frames that end the stream."""

@@ -19,6 +19,8 @@ class GatheredOutputs:
         self._outputs: dict[str, Output | None] = {request.rid: None for request in requests}
         self._num_open = len(requests)
         self._aborted = False
+        self.aborts: list[tuple[str, int]] = []
+        self.num_tokens = 0  # none is drawn
 
     @property
     def finished(self) -> bool:
@@ -42,9 +44,6 @@ class GatheredOutputs:
             self._num_open -= self._outputs[output.rid] is None
             self._outputs[output.rid] = output
         return b""
-
-    def take_aborts(self) -> list[tuple[str, int]]:
-        return []
 
     def finish(self) -> bytes:
         return b""

@@ -18,6 +18,7 @@ from crane.api.endpoint import Context
 from crane.api.errors import error_frame, out_of_time
 from crane.api.logprobs import trimmed
 from crane.api.queueing import claims
+from crane.api.sse import json_text
 from crane.errors import EngineError
 from crane.runtime.text import Delta, TextStream
 from crane.runtime.types import Generate, Output, SamplingParams, TokenLogprob
@@ -44,7 +45,8 @@ class Prompt:
 @dataclass
 class Choice:
     """One answer in the making. number: among those of its prompt. started: a frame of it was sent.
-    events: what the last output came to, in dialects that know reasoning and tool calls."""
+    events: what the last output came to, in dialects that know reasoning and tool calls. around: what stands before
+    and after the text in the frames of further text, once nothing else can come before the end; else None."""
 
     index: int
     number: int
@@ -59,6 +61,7 @@ class Choice:
     reasoning_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    around: tuple[bytes, bytes] | None = None
 
 
 class BaseGeneration:
@@ -80,7 +83,7 @@ class BaseGeneration:
         self._include_usage = bool(options and options.include_usage)
         self._continuous_usage = bool(options and options.continuous_usage_stats)
         self._max_top: int | None = None  # of alternatives: the engine sends more where the prompt's need them
-        self._aborts: list[tuple[str, int]] = []
+        self.aborts: list[tuple[str, int]] = []
         self.requests: list[Generate] = []
         self.choices: list[Choice] = []
         self._by_output: dict[tuple[str, int], Choice] = {}
@@ -97,6 +100,7 @@ class BaseGeneration:
                 self.choices.append(choice)
                 self._by_output[rid, j] = choice
         self._num_open = len(self.choices)
+        self._may_hurry = not self._continuous_usage and all(p.sampling.logprobs is None for p in prompts)
         head = {"id": self.id, "object": self.chunk_object, "created": self.created, "model": self.model.name}
         self._head = b"data: " + _json(head)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
@@ -105,38 +109,42 @@ class BaseGeneration:
     def finished(self) -> bool:
         return self._num_open == 0 or self.failed is not None
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(choice.text.token_ids) for choice in self.choices)
+
     def start(self) -> bytes:
         return b""
 
     def feed(self, outputs: list[Output]) -> bytes:
-        frames = []
-        for output in outputs:
-            if self.failed is not None:
-                break
-            choice = self._by_output.get((output.rid, output.index))
-            if choice is None:
-                continue
-            if output.usage is not None:
-                choice.prompt.cached_tokens = max(choice.prompt.cached_tokens, output.usage.cached_tokens)
-            choice.engine_done |= output.finish_reason is not None
-            if choice.finish_reason is not None:
-                continue  # its stop string came up; what the engine adds is not part of the answer
-            if output.num_drafted:
-                choice.drafted_tokens += output.num_drafted
-                choice.accepted_tokens += len(output.token_ids) - 1
-            if output.finish_reason == "error":
-                frames.append(self._fail(output.error or "the engine failed"))
-            elif output.finish_reason == "timeout" and not any(each.text.token_ids for each in self.choices):
-                frames.append(self._end_with(out_of_time()))
-            else:
-                frames.append(self._push(choice, output))
-                if output.usage is not None and output.usage.reasoning_tokens:  # exact, unlike what the text shows
-                    choice.reasoning_tokens = min(output.usage.reasoning_tokens, len(choice.text.token_ids))
-        return b"".join(frames)
+        return self._feed(outputs[0]) if len(outputs) == 1 else b"".join(map(self._feed, outputs))
 
-    def take_aborts(self) -> list[tuple[str, int]]:
-        aborts, self._aborts = self._aborts, []
-        return aborts
+    def _feed(self, output: Output) -> bytes:
+        choice = self._by_output.get((output.rid, output.index))
+        if choice is None or self.failed is not None:
+            return b""
+        if output.num_drafted and choice.finish_reason is None:
+            choice.drafted_tokens += output.num_drafted
+            choice.accepted_tokens += len(output.token_ids) - 1
+        if choice.around is not None and output.finish_reason is None and output.usage is None:
+            text = choice.text.grow(output.token_ids)  # the short way that nearly every token of a stream takes
+            before, after = choice.around
+            return before + json_text(text) + after if text else b""
+        usage = output.usage
+        if usage is not None:
+            choice.prompt.cached_tokens = max(choice.prompt.cached_tokens, usage.cached_tokens)
+        if output.finish_reason is not None:
+            choice.engine_done = True
+        if choice.finish_reason is not None:
+            return b""  # its stop string came up; what the engine adds is not part of the answer
+        if output.finish_reason == "error":
+            return self._fail(output.error or "the engine failed")
+        if output.finish_reason == "timeout" and not self.num_tokens:
+            return self._end_with(out_of_time())
+        frames = self._push(choice, output)
+        if usage is not None and usage.reasoning_tokens:  # exact, unlike what the text shows
+            choice.reasoning_tokens = min(usage.reasoning_tokens, len(choice.text.token_ids))
+        return frames
 
     def finish(self) -> bytes:
         if self.failed is not None:
@@ -162,7 +170,7 @@ class BaseGeneration:
     def usage(self) -> dict:
         """Token counts so far; every prompt counts once, however many choices it has."""
         num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
-        num_completion = sum(len(choice.text.token_ids) for choice in self.choices)
+        num_completion = self.num_tokens
         details = {"reasoning_tokens": sum(choice.reasoning_tokens for choice in self.choices)}
         drafted = sum(choice.drafted_tokens for choice in self.choices)
         if drafted:
@@ -187,19 +195,20 @@ class BaseGeneration:
         if self._max_top is not None:
             delta = delta._replace(logprobs=trimmed(delta.logprobs, self._max_top))
         if self.stream:
-            return self._frames(choice, delta)
+            frames = self._frames(choice, delta)
+            if self._may_hurry and choice.text.free and choice.finish_reason is None:
+                choice.around = self._around(choice)
+            return frames
         if delta.logprobs:
             choice.logprobs.extend(delta.logprobs)
         return b""
 
     def _read(self, choice: Choice, delta: Delta) -> None:
-        """Takes note of a delta; a dialect with markup reads it here."""
-        choice.finish_reason = delta.finish_reason
-        if choice.parser is not None:
-            self._parse(choice, delta)
-
-    def _parse(self, choice: Choice, delta: Delta) -> None:
+        """Takes note of a delta, and has its markup read where the dialect knows any."""
         parser, reason = choice.parser, delta.finish_reason
+        if parser is None:
+            choice.finish_reason = reason
+            return
         was_thinking = parser.thinking
         choice.events = parser.push(delta.text)
         if was_thinking or parser.thinking:
@@ -221,7 +230,7 @@ class BaseGeneration:
     def _close(self, choice: Choice) -> None:
         self._num_open -= 1
         if not choice.engine_done:  # a stop string, of which the engine knows nothing
-            self._aborts.append((choice.prompt.rid, choice.number))
+            self.aborts.append((choice.prompt.rid, choice.number))
 
     def _fail(self, message: str) -> bytes:
         lost = message.startswith("engine_lost")
@@ -239,6 +248,10 @@ class BaseGeneration:
 
     def _usage_frame(self) -> bytes:
         return self._head + b'],"usage":' + _json(self.usage()) + b"}\n\n"
+
+    def _around(self, choice: Choice) -> tuple[bytes, bytes] | None:
+        """`Choice.around` from now on, when its text has no stop strings and no log-probabilities."""
+        return None
 
     def _frames(self, choice: Choice, delta: Delta) -> bytes:
         """The frames of one delta. For subclasses that keep this class's `_push`."""

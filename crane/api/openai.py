@@ -49,6 +49,12 @@ class ChatGeneration(BaseGeneration):
         field = b',"prompt_token_ids":' + _json(self.prompts[0].ids) + b',"choices":['
         return frames.replace(b',"choices":[', field, 1)
 
+    def _around(self, choice: Choice) -> tuple[bytes, bytes] | None:
+        if not choice.parser.verbatim or self._body.return_token_ids:
+            return None
+        before = b'{"index":%d,"delta":{"content":' % choice.index
+        return self._head + before, self._no_reasoning + b'},"logprobs":null,"finish_reason":null}' + self._tail
+
     def _frames(self, choice: Choice, delta: Delta) -> bytes:
         events = choice.events
         if len(events) == 1 and not (choice.finish_reason or delta.logprobs or self._extended):

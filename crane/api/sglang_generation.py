@@ -92,7 +92,7 @@ class NativeGeneration:
         self._with_text = with_text
         self._with_prompt_ids = with_prompt_ids
         self._started_s = time.monotonic()
-        self._aborts: list[tuple[str, int]] = []
+        self.aborts: list[tuple[str, int]] = []
         self._by_output: dict[tuple[str, int], NativeChoice] = {}
         for prompt in prompts:
             n = prompt.sampling.n
@@ -108,6 +108,10 @@ class NativeGeneration:
     @property
     def finished(self) -> bool:
         return self._num_open == 0 or self.failed is not None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(choice.stream.token_ids) for choice in self.choices)
 
     def start(self) -> bytes:
         return b""
@@ -134,10 +138,6 @@ class NativeGeneration:
                 shown = [c for c in self.choices if c.prompt is choice.prompt] if waited else [choice]
                 frames += [self._event(each) for each in shown if self._due(each)]
         return b"".join(frames)
-
-    def take_aborts(self) -> list[tuple[str, int]]:
-        aborts, self._aborts = self._aborts, []
-        return aborts
 
     def finish(self) -> bytes:
         return sse.DONE
@@ -167,7 +167,7 @@ class NativeGeneration:
             choice.ending = delta.stop if isinstance(delta.stop, str) else self._visible(choice, delta.stop)
         self._num_open -= 1
         if not choice.engine_done:  # a stop string, of which the engine knows nothing
-            self._aborts.append((prompt.rid, choice.number))
+            self.aborts.append((prompt.rid, choice.number))
 
     def _visible(self, choice: NativeChoice, token_id: int) -> str:
         hidden = choice.prompt.sampling.skip_special_tokens and token_id in self._tokenizer.special_ids

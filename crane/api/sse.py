@@ -20,7 +20,7 @@ def json_text(text: str) -> bytes:
     Some clients split lines as `str.splitlines` does, so the three separators
     that JSON leaves unescaped are escaped here.
     """
-    return json_line(text)
+    return _json(text) if text.isascii() else json_line(text)
 
 
 def json_line(value) -> bytes:

@@ -9,6 +9,7 @@ and leaves everything as it is.
 """
 
 import asyncio
+import contextlib
 import logging
 import sys
 import threading
@@ -42,6 +43,7 @@ class CraneWorker(ASGIWorker):
     """
 
     def run(self):
+        _show_logs()
         if not hasattr(self, "asgi"):
             self._take_over()
         self.settings = _settings_of(self.asgi)
@@ -79,10 +81,17 @@ class CraneThreadWorker(ThreadWorker):
     """gunicorn's gthread worker, which starts the engine when it boots instead of at the first request."""
 
     def run(self):
+        _show_logs()
         start = getattr(self.wsgi, "start_blocking", None)
         if start is not None:
             threading.Thread(target=_start, args=(start,), daemon=True).start()
         super().run()
+
+
+def _show_logs() -> None:
+    """As `install` does, which does not run in a worker whose class the master has already imported."""
+    with contextlib.suppress(CraneError):  # the application says what is wrong when it starts
+        log_to_stderr(Settings.from_env())
 
 
 def _start(start_blocking) -> None:
@@ -106,7 +115,7 @@ def _settings_of(app) -> Settings:
 def _halting(app):
     """`app`, whose failed start halts the server."""
 
-    async def guarded(scope, receive, send):
+    def guarded(scope, receive, send):
         async def send_or_halt(event):
             if event["type"] == "lifespan.startup.failed":
                 halt_server(event.get("message", ""))
@@ -114,7 +123,7 @@ def _halting(app):
                 event = {"type": "lifespan.startup.complete"}
             await send(event)
 
-        await app(scope, receive, send_or_halt if scope["type"] == "lifespan" else send)
+        return app(scope, receive, send_or_halt if scope["type"] == "lifespan" else send)
 
     return guarded
 

@@ -26,6 +26,7 @@ class Tokenizer:
     """One model's tokenizer. Immutable after construction; safe to share between threads.
 
     vocab_size: ids 0 to vocab_size - 1 exist. special_ids: tokens that are marks, not text.
+    whole_texts: of tokens decoded so far, those that hold whole characters only.
     special_tokens: {"bos_token": text, ...}, what chat templates are given.
     """
 
@@ -41,6 +42,7 @@ class Tokenizer:
     ):
         self._vocab = vocab
         self._bytes: dict[int, bytes] = {}
+        self.whole_texts: dict[int, str] = {}
         self._prefix = list(prefix_ids)
         self._suffix = list(suffix_ids)
         self.vocab_size = vocab.size if vocab_size is None else vocab_size
@@ -128,20 +130,29 @@ class IncrementalDecoder:
     ):
         self._vocab_size = tokenizer.vocab_size
         self._token_bytes = tokenizer.token_bytes
+        self._whole_texts = tokenizer.whole_texts
         self._skipped = tokenizer.special_ids - keep_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_left = 0 if continuing else tokenizer.strip_left
         if prompt_ids:
             self._continue(prompt_ids)
+        self._between = not self._strip_left and not self._utf8.getstate()[0]  # no token depends on the one before
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes; "" while one is unfinished."""
         if token_id in self._skipped or token_id >= self._vocab_size:
             return ""
+        was_between = self._between
+        if was_between and (text := self._whole_texts.get(token_id)) is not None:
+            return text
         raw = self._token_bytes(token_id)
         if self._strip_left:
             raw = self._strip(raw)
-        return self._utf8.decode(raw)
+        text = self._utf8.decode(raw)
+        self._between = not self._strip_left and not self._utf8.getstate()[0]
+        if was_between and self._between:
+            self._whole_texts[token_id] = text
+        return text
 
     def flush(self) -> str:
         """What an unfinished character at the end amounts to: U+FFFD, or ""."""

@@ -201,8 +201,9 @@ class Link:
 
     def receive(self, message) -> None:
         if isinstance(message, Step):
+            streams = self._streams
             for output in message.outputs:
-                stream = self._streams.get(output.rid)
+                stream = streams.get(output.rid)
                 if stream is not None:
                     stream.take(output)
         elif isinstance(message, Accepted | Rejected):

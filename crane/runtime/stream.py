@@ -27,7 +27,7 @@ class Carrier(Protocol):
 
 
 class Stream:
-    """The outputs of one group of requests, in order of arrival. Belongs to the link's loop.
+    """The outputs of one group of requests, in order of arrival. Belongs to the link's loop; one task at a time waits.
 
     frames: the requests, packed. The engine gets as many of them as make `window` choices, and
     another whenever one ends: a large group fits into its queue, and leaves room for others.
@@ -42,9 +42,10 @@ class Stream:
         self._unsent = deque(self._open)
         self._unaccepted: set[str] = set()
         self._refused: EngineError | None = None
-        self._outputs: deque[Output] = deque()
-        self._changed = asyncio.Event()
+        self._outputs: list[Output] = []
+        self._waiter: asyncio.Future[None] | None = None
         self._disconnected = False
+        self._nudged = False
         self._send()
         self._first = set(self._unaccepted)
 
@@ -57,45 +58,49 @@ class Stream:
         """Wait until the engine has taken the first requests, of most groups all. EngineError when it refuses
         one: none runs then. Later ones wait for room, and if refused otherwise end with an error."""
         while self._first and self._refused is None and not self._disconnected:
-            self._changed.clear()
-            await self._changed.wait()
+            self._waiter = asyncio.Future()
+            await self._waiter
         if self._refused is not None:
             self.close()
             raise self._refused
 
-    async def next(self) -> list[Output]:
-        """All outputs that have come, at least one; [] once finished or after `disconnect`."""
+    async def next(self) -> list[Output] | None:
+        """All outputs that have come, at least one; [] once finished or after `disconnect`; None after `nudge`."""
         while not self._outputs and not self._disconnected and self._open:
-            self._changed.clear()
-            await self._changed.wait()
+            if self._nudged:
+                self._nudged = False
+                return None
+            self._waiter = asyncio.Future()
+            await self._waiter
         if self._disconnected:
             return []
-        outputs = list(self._outputs)
-        self._outputs.clear()
+        outputs, self._outputs = self._outputs, []
         return outputs
+
+    def nudge(self) -> None:
+        """Whoever waits in `next`, now or the next time, gets None if there is nothing else."""
+        self._nudged = True
+        self._wake()
 
     def disconnect(self) -> None:
         """The client is gone: whoever waits in `next` gets []."""
         self._disconnected = True
-        self._changed.set()
+        self._wake()
 
     def close(self) -> None:
         """Abort what is unfinished; `next` gives nothing more. Idempotent."""
         for rid in self._open:
             (self._link.ended if rid in self._unsent else self._link.forget)(rid)
         self._clear()
-        self._outputs.clear()
-        self._changed.set()
+        self._outputs = []
+        self._wake()
 
     def take(self, message: Accepted | Rejected | Output) -> None:
         """From the link: something about one of this stream's requests."""
         rid = message.rid
-        if isinstance(message, Accepted):
-            self._unaccepted.discard(rid)
-            self._first.discard(rid)
-        elif isinstance(message, Rejected):
-            self._reject(rid, message)
-        elif rid not in self._unaccepted:  # else a late output of an earlier request with this rid
+        if isinstance(message, Output):
+            if rid in self._unaccepted:
+                return  # a late output of an earlier request with this rid
             self._outputs.append(message)
             if message.finish_reason is not None:
                 self._open[rid].discard(message.index)
@@ -103,7 +108,19 @@ class Stream:
                     self._drop_unsent()
                 if not self._open[rid]:
                     self._end(rid)
-        self._changed.set()
+        elif isinstance(message, Accepted):
+            self._unaccepted.discard(rid)
+            self._first.discard(rid)
+        else:
+            self._reject(rid, message)
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _reject(self, rid: str, message: Rejected) -> None:
         num_others = self._num_sent - self._frames[rid][1]
@@ -158,4 +175,4 @@ class Stream:
             self._refused = self._refused or EngineError("lost", LOST, RETRY_S)
         self._fail(list(self._open), LOST)
         self._clear()
-        self._changed.set()
+        self._wake()

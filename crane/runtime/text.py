@@ -40,6 +40,7 @@ class TextStream:
         self._decoder = tokenizer.decoder(
             sampling.skip_special_tokens, prompt_ids or (), continuing=prompt_ids is None, keep_ids=keep_ids
         )
+        self._push = self._decoder.push
         if "" in sampling.stop:
             raise RequestError("stop: an empty string would stop every answer", field="stop")
         self._matchers = [StopMatcher(stop) for stop in sampling.stop]
@@ -57,10 +58,26 @@ class TextStream:
             self._parts = ["".join(self._parts)]
         return self._parts[0] if self._parts else ""
 
+    @property
+    def free(self) -> bool:
+        """Whether `grow` is enough until the answer ends: nothing is looked for in the text."""
+        return not self._matchers
+
+    def grow(self, token_ids: list[int]) -> str:
+        """The text that further tokens of a running answer add, when it is `free`."""
+        self.token_ids += token_ids
+        push = self._push
+        text = push(token_ids[0]) if len(token_ids) == 1 else "".join(map(push, token_ids))
+        if text:
+            self._parts.append(text)
+        return text
+
     def push(self, output: Output) -> Delta:
         """The next delta. After the end, whatever the engine still sent is dropped."""
         if self.finished:
             return Delta("", None, None, [], None)
+        if output.finish_reason is None and not self._matchers:
+            return Delta(self.grow(output.token_ids), None, None, output.token_ids, output.logprobs)
         ended = output.finish_reason is not None
         # the text of an EOS or stop id is not part of the answer
         num_read = len(output.token_ids) - (ended and output.matched_id is not None)
@@ -68,7 +85,7 @@ class TextStream:
         for i, token_id in enumerate(output.token_ids):
             self.token_ids.append(token_id)
             if i < num_read:
-                pieces.append(self._take(self._decoder.push(token_id)))
+                pieces.append(self._take(self._push(token_id)))
                 if self.matched_stop is not None:
                     return self._delta(pieces, "stop", self.matched_stop, output, i + 1)
         if not ended:

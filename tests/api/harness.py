@@ -117,7 +117,8 @@ class AsyncStream:
     def __init__(self, link: FakeLink, requests):
         self._link, self._rids = link, [request.rid for request in requests]
         self._steps = link.steps(requests)
-        self._gone = asyncio.Event()
+        self._woken = asyncio.Event()
+        self._gone = False
         self._until: float | None = None
 
     async def accepted(self):
@@ -125,22 +126,27 @@ class AsyncStream:
             raise self._steps.pop(0)
 
     async def next(self):
-        if self._gone.is_set():
+        if self._gone:
             return []
         step = self._steps[0]
-        if step == NEVER:
-            await self._gone.wait()
-            return []
-        if isinstance(step, float):
-            self._until = self._until or time.monotonic() + step  # a wait that is given up goes on next time
-            await asyncio.sleep(self._until - time.monotonic())
+        if step != NEVER and not isinstance(step, float):
+            return self._steps.pop(0)
+        self._until = self._until or time.monotonic() + (1e6 if step == NEVER else step)
+        try:
+            await asyncio.wait_for(self._woken.wait(), self._until - time.monotonic())
+        except TimeoutError:
             self._until = None
             self._steps.pop(0)
             return await self.next()
-        return self._steps.pop(0)
+        self._woken.clear()
+        return [] if self._gone else None
+
+    def nudge(self):
+        self._woken.set()
 
     def disconnect(self):
-        self._gone.set()
+        self._gone = True
+        self._woken.set()
 
     def close(self):
         self._link.closed += self._rids
