@@ -92,6 +92,12 @@ class TickingEngine:
                 del self._running[rid]
         return outputs
 
+    def check(self) -> None:
+        """Nothing can be out of order here."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
     def stats(self) -> EngineStats:
         return EngineStats(active_sequences=len(self._running))
 
