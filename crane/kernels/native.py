@@ -36,7 +36,7 @@ _SIGNATURES = {
     "crane_set_threads": (None, [c_int32, c_int32]),
     "crane_has_amx": (c_int32, []),
     "crane_weight_bytes": (c_int64, [_POINTER]),
-    "crane_pack": (None, [_POINTER] * 4 + [c_int64] * 2),
+    "crane_pack": (None, [_POINTER, c_int32, _POINTER, c_int64, _POINTER, _POINTER, c_int64, c_int64]),
     "crane_pack_bf16": (None, [_POINTER] * 2 + [c_int64] * 2),
     "crane_rows": (None, [_POINTER, _POINTER, c_int64, _POINTER, c_int32]),
     "crane_linear": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int64, c_int32, c_int32]),
@@ -169,7 +169,7 @@ def check(path: str) -> None:
     weight = Weight(None, None, 48, 64, 4, 1, 0, 8)
     panels = torch.zeros(made.crane_weight_bytes(ctypes.byref(weight)), dtype=torch.uint8)
     weight.panels = panels.data_ptr()
-    made.crane_pack(ctypes.byref(weight), codes.data_ptr(), scale.data_ptr(), None, 0, 48)
+    made.crane_pack(ctypes.byref(weight), 0, codes.data_ptr(), 0, scale.data_ptr(), None, 0, 48)
     x = torch.randint(-127, 128, (19, 64)).float()
     x[:, ::32] = 127  # so that 8 bits hold each value exactly, as bfloat16 does
     for given, method in ((x, 0), (x.bfloat16(), made.crane_has_amx())):

@@ -8,13 +8,14 @@ bfloat16, as dequantising to bfloat16 does. A bfloat16 matrix is only laid out a
 """
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from crane.kernels import native
-from crane.kernels.blocks import BlockWeight, unpack
+from crane.kernels.blocks import unpack
 
 # (bits, scales per 32 columns, whether there are offsets, what makes the codes unsigned) of each GGUF type
 _KINDS = {
@@ -22,9 +23,9 @@ _KINDS = {
     "Q4_0": (4, 1, 0, 8), "Q4_1": (4, 1, 1, 0), "Q5_0": (5, 1, 0, 16), "Q5_1": (5, 1, 1, 0),
     "Q2_K": (4, 2, 1, 0), "Q3_K": (4, 2, 0, 8), "Q4_K": (4, 1, 1, 0), "Q5_K": (5, 1, 1, 0), "Q6_K": (6, 2, 0, 32),
 }  # fmt: skip
-_PANEL_ROWS, _TILE_COLUMNS = 16, 32
-# elements taken apart at a time, while they are in a core's cache
-_PIECE = 1 << 19
+# types whose blocks C takes apart itself, in the order of their numbers there; `unpack` does it for the others
+_IN_C = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+PANEL_ROWS, _TILE_COLUMNS = 16, 32
 # From so many rows of x AMX is faster than integers: it pays for widening the weight first.
 _AMX_ROWS = 12
 
@@ -65,36 +66,33 @@ def can_pack(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     return kind in _KINDS and dtype in native.DTYPES
 
 
-def pack_blocks(weight: BlockWeight) -> PackedWeight:
-    """A matrix in GGUF blocks, which `can_pack`."""
-    num_rows, columns = weight.shape
-    bits, groups, has_offset, shift = _KINDS[weight.kind]
-    packed = _empty(num_rows, columns, bits, groups, has_offset, shift)
-    step = max(_PANEL_ROWS, _PIECE // columns // _PANEL_ROWS * _PANEL_ROWS)
-    for start in range(0, num_rows, step):
-        count = min(step, num_rows - start)
-        piece = unpack(weight.kind, weight.data[start : start + count])
-        codes, scale = piece.codes.contiguous(), piece.scale.contiguous()
-        offset = piece.offset.contiguous() if has_offset else None
-        native.library().crane_pack(
-            ctypes.byref(packed.struct), codes.data_ptr(), scale.data_ptr(),
-            offset.data_ptr() if has_offset else None, start, count,
-        )  # fmt: skip
-    return packed
+def pack(kind: str, num_rows: int, columns: int, pieces: Iterable[Tensor]) -> PackedWeight:
+    """A matrix which `can_pack`, from its rows in order. Every piece but the last has a multiple of 16 rows.
 
-
-def pack_bf16(weight: Tensor) -> PackedWeight:
-    """A bfloat16 matrix, which `can_pack`."""
-    packed = _empty(*weight.shape, 16, 0, 0, 0)
-    weight = weight.contiguous()
-    native.library().crane_pack_bf16(ctypes.byref(packed.struct), weight.data_ptr(), 0, weight.shape[0])
-    return packed
-
-
-def _empty(num_rows: int, columns: int, *kind: int) -> PackedWeight:
-    struct = native.Weight(None, None, num_rows, columns, *kind)
-    panels = torch.empty(native.library().crane_weight_bytes(ctypes.byref(struct)), dtype=torch.uint8)
+    pieces: GGUF blocks as uint8 [count, row_bytes]; for "BF16" bfloat16 [count, columns]. Their memory may be used
+    again for the next one.
+    """
+    struct = native.Weight(None, None, num_rows, columns, *_KINDS.get(kind, (16, 0, 0, 0)))
+    address = ctypes.byref(struct)
+    panels = torch.empty(native.library().crane_weight_bytes(address), dtype=torch.uint8)
     struct.panels = panels.data_ptr()
+    start = 0
+    for piece in pieces:
+        assert piece.is_contiguous() and start % PANEL_ROWS == 0, "pieces are whole panels"
+        if kind == "BF16":
+            native.library().crane_pack_bf16(address, piece.data_ptr(), start, len(piece))
+        elif kind in _IN_C:
+            number = _IN_C.index(kind) + 1
+            native.library().crane_pack(
+                address, number, piece.data_ptr(), piece.shape[1], None, None, start, len(piece)
+            )
+        else:
+            codes = unpack(kind, piece)
+            given = [None if each is None else each.contiguous() for each in (codes.codes, codes.scale, codes.offset)]
+            places = [None if each is None else each.data_ptr() for each in given]
+            native.library().crane_pack(address, 0, places[0], 0, *places[1:], start, len(piece))
+        start += len(piece)
+    assert start == num_rows
     return PackedWeight(panels, struct)
 
 

@@ -5,10 +5,9 @@ into the tensor that the model keeps. Pieces are small enough to stay in a core'
 and the only memory beside the result.
 """
 
-import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor
 
 from crane.errors import ModelError
-from crane.kernels.blocks import BlockWeight
-from crane.kernels.packed import PackedWeight, can_pack, is_packable, pack_bf16, pack_blocks
+from crane.kernels.packed import PANEL_ROWS, PackedWeight, can_pack, is_packable, pack
 from crane.models.files import Checkpoint, TensorInfo
 from crane.models.gguf_header import BLOCK_TYPES, show
 from crane.models.shape import ModelConfig
@@ -31,7 +29,7 @@ _CAST = 127 * 256
 # elements read and dequantised in one go, a multiple of every block size; and those of one task of the pool
 _PIECE = 4 * _CAST
 _TASK = 8 * _PIECE
-# bytes of blocks read in one call
+# bytes of a matrix read, and packed, at a time
 _READ = 4 << 20
 # stored by some converters although nothing reads them: derived from the config
 _HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -104,29 +102,34 @@ class Weights:
         kinds = ["BF16" if self.exact or not is_packable(info.dtype) else info.dtype for info in infos]
         if self.device.type != "cpu" or not all(map(can_pack, kinds, shapes, [self.dtype] * len(kinds))):
             return None
-        found = []
-        for kind, run in itertools.groupby(zip(kinds, names, infos, strict=True), key=lambda each: each[0]):
-            run = list(run)
-            if kind == "BF16":
-                found.append(pack_bf16(self.rows([name for _, name, _ in run], [info.shape for *_, info in run])))
-            else:
-                data = torch.cat([self._blocks(name, info) for _, name, info in run])
-                found.append(pack_blocks(BlockWeight(kind, data)))
+        found, runs = [], []
+        for kind, name, info in zip(kinds, names, infos, strict=True):
+            # a run goes on while its types are the same and its tensors end where panels do
+            if not runs or runs[-1][0] != kind or runs[-1][1][-1][1].shape[0] % PANEL_ROWS:
+                runs.append((kind, []))
+            runs[-1][1].append((name, info))
+        for kind, run in runs:
+            num_rows = sum(info.shape[0] for _, info in run)
+            pieces = (piece for name, info in run for piece in self._pieces(kind, name, info))
+            found.append(pack(kind, num_rows, shapes[0][1], pieces))
         return found
 
-    def _blocks(self, name: str, info: TensorInfo) -> Tensor:
-        """A matrix as the file has it: uint8 [out_features, row_bytes]."""
-        data = torch.empty(info.shape[0], info.nbytes // info.shape[0], dtype=torch.uint8)
-        flat = data.view(-1).numpy()
-        descriptor = self._descriptor(info.path)
-
-        def read(start: int) -> None:
-            _read_exactly(descriptor, info, flat[start : start + _READ], info.offset + start)
-
-        list(self.pool.map(read, range(0, info.nbytes, _READ)))
-        self._count(info)
+    def _pieces(self, kind: str, name: str, info: TensorInfo) -> Iterator[Tensor]:
+        """The rows of a matrix, some at a time: its blocks as bytes, or in bfloat16."""
         num_heads = self._permuted_heads(name)
-        return _unpermute(data, num_heads) if num_heads else data
+        row_bytes = info.nbytes // info.shape[0]
+        step = max(PANEL_ROWS, _READ // row_bytes // PANEL_ROWS * PANEL_ROWS)
+        if kind == "BF16" and (num_heads or info.dtype not in _PLAIN):
+            yield self.tensor(name, info.shape, torch.bfloat16)
+            return
+        for start in range(0, info.shape[0], info.shape[0] if num_heads else step):
+            count = info.shape[0] if num_heads else min(step, info.shape[0] - start)
+            data = torch.empty(count, row_bytes, dtype=torch.uint8)
+            _read_exactly(self._descriptor(info.path), info, data.view(-1).numpy(), info.offset + start * row_bytes)
+            if kind == "BF16":
+                data = data.view(_PLAIN[info.dtype]).to(torch.bfloat16)
+            yield _unpermute(data, num_heads) if num_heads else data
+        self._count(info)
 
     def finish(self) -> None:
         """Close the files. Raises ModelError naming tensors that the model did not ask for."""

@@ -12,7 +12,7 @@ import torch
 
 from crane.kernels import native
 from crane.kernels.blocks import BlockWeight, dequantize
-from crane.kernels.packed import PackedLinear, can_pack, is_packable, pack_bf16, pack_blocks
+from crane.kernels.packed import PackedLinear, can_pack, is_packable, pack
 from crane.models.config import load_config
 from crane.models.files import open_checkpoint
 from crane.models.registry import load_model
@@ -45,6 +45,11 @@ def random_weight(kind, rows, columns, seed=0):
     return BlockWeight(kind, torch.from_numpy(blocks.reshape(rows, -1)))
 
 
+def pack_blocks(weight):
+    """The weight in panels, in two pieces."""
+    return pack(weight.kind, *weight.shape, weight.data.split(32 * (weight.shape[0] // 64) or weight.shape[0]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_rows_are_the_blocks_values_with_scales_in_float16(library, kind):
     weight = random_weight(kind, 200, 512)
@@ -75,7 +80,7 @@ def test_a_product_with_a_bfloat16_matrix_rounds_nothing(library, rows):
         pytest.skip("needs AMX")
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, 96).bfloat16(), torch.randn(40, 96).bfloat16(), torch.randn(40)
-    packed = pack_bf16(weight)
+    packed = pack("BF16", 40, 96, [weight])
     assert torch.equal(packed.rows(torch.arange(40), torch.bfloat16), weight)
     found = PackedLinear([packed], bias)(x, torch.float32)
     torch.testing.assert_close(found.double(), x.double() @ weight.double().T + bias, rtol=1e-5, atol=1e-5)

@@ -1,110 +1,15 @@
-/* y = x @ weight.T + bias for weights of 4, 5, 6 or 8 bits with a scale and an offset per 32 or 16 of them.
-
-    weight[n, k] = scale[n, k / group] * q[n, k] + offset[n, k / group],  q unsigned
-
-Sixteen rows of the weight make a panel; a panel is a run of tiles, each 32 columns wide:
-
-    scale   float16 [32 / group][16]
-    offset  float16 [32 / group][16]           only if the panel has offsets, else offset = -shift * scale
-    low     uint8 [4][64]     8 bits: [8][64]  byte (16 rows x 4 columns) of quad i; i + 4 in the upper half
-    high    uint8 [64] or [2][64]              5 bits: bit i is quad i's; 6 bits: two bits for each of 4 quads
-
-so that one load has what one instruction needs: four neighbouring columns of sixteen rows (a "quad").
+/* y = x @ weight.T + bias for the weights of weight.h.
 
 Few rows of x are rounded to 8 bits, 32 values a scale, and multiplied as integers. More rows are multiplied in
 bfloat16 by AMX where the processor has it, after the panels were turned into its tiles; that is exact in x. */
-#include "common.h"
+#include "weight.h"
 #include <math.h>
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-#define LANES 16
-#define TILE 32
 #define MAX_ROWS 8 /* of x that one pass over the weight serves */
-
-typedef struct {
-    uint8_t *panels;
-    const float *bias; /* [num_rows], or NULL */
-    int64_t num_rows, num_columns;
-    int32_t bits, groups, has_offset, shift;
-} Weight;
-
-INLINE int64_t tile_bytes(const Weight *w) {
-    if (w->bits == 16) return 1024;
-    return 32 * w->groups * (1 + w->has_offset) + (w->bits == 8 ? 512 : 256 + 64 * (w->bits - 4));
-}
-static int64_t num_tiles(const Weight *w) { return w->num_columns / TILE; }
-static int64_t num_panels(const Weight *w) { return (w->num_rows + LANES - 1) / LANES; }
-int64_t crane_weight_bytes(const Weight *w) { return num_panels(w) * num_tiles(w) * tile_bytes(w); }
-
-/* ---- packing */
-
-typedef struct {
-    const Weight *w;
-    const uint8_t *codes; /* [count, num_columns]; signed ones are moved up by shift */
-    const float *scale, *offset; /* [count, num_columns / group] */
-    int64_t first, count;
-} Pack;
-
-static void pack_panel(void *argument, int64_t index) {
-    const Pack *p = argument;
-    const Weight *w = p->w;
-    int64_t columns = w->num_columns, groups = w->groups, per_row = columns / TILE * groups;
-    uint8_t *to = w->panels + (p->first / LANES + index) * num_tiles(w) * tile_bytes(w);
-    int64_t rows = p->count - index * LANES < LANES ? p->count - index * LANES : LANES;
-    for (int64_t tile = 0; tile < num_tiles(w); tile++, to += tile_bytes(w)) {
-        uint8_t quads[8][64] = {{0}};
-        memset(to, 0, tile_bytes(w));
-        uint16_t *scale = (uint16_t *)to, *offset = scale + LANES * groups;
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t row = index * LANES + r;
-            const uint8_t *from = p->codes + row * columns + tile * TILE;
-            for (int k = 0; k < TILE; k++) quads[k / 4][r * 4 + k % 4] = (uint8_t)(from[k] + w->shift);
-            for (int g = 0; g < groups; g++) {
-                int64_t at = row * per_row + tile * groups + g;
-                scale[g * LANES + r] = to_f16_1(p->scale[at]);
-                if (w->has_offset) offset[g * LANES + r] = to_f16_1(p->offset[at]);
-            }
-        }
-        uint8_t *low = to + 32 * groups * (1 + w->has_offset), *high = low + 256;
-        if (w->bits == 8) {
-            memcpy(low, quads, 512);
-            continue;
-        }
-        for (int i = 0; i < 4; i++)
-            for (int b = 0; b < 64; b++) low[i * 64 + b] = (quads[i][b] & 15) | (quads[i + 4][b] & 15) << 4;
-        for (int i = 0; i < 8; i++)
-            for (int b = 0; b < 64; b++) {
-                if (w->bits == 5) high[b] |= (quads[i][b] >> 4) << i;
-                if (w->bits == 6) high[i / 4 * 64 + b] |= (quads[i][b] >> 4) << 2 * (i % 4);
-            }
-    }
-}
-
-/* Rows [first, first + count) of a weight, first a multiple of 16. */
-void crane_pack(const Weight *w, const uint8_t *codes, const float *scale, const float *offset, int64_t first,
-                int64_t count) {
-    Pack p = {w, codes, scale, offset, first, count};
-    crane_parallel(pack_panel, &p, (count + LANES - 1) / LANES);
-}
-
-static void pack_bf16_panel(void *argument, int64_t index) {
-    const Pack *p = argument;
-    const uint16_t *from = (const uint16_t *)p->codes;
-    int64_t columns = p->w->num_columns, left = p->count - index * LANES;
-    uint16_t *to = (uint16_t *)p->w->panels + (p->first / LANES + index) * columns * LANES;
-    for (int64_t r = 0; r < LANES; r++)
-        for (int64_t k = 0; k < columns; k++)
-            to[k / 2 * 32 + r * 2 + k % 2] = r < left ? from[(index * LANES + r) * columns + k] : 0;
-}
-
-/* The same of a bfloat16 weight, whose panels are AMX's tiles themselves. values: [count, num_columns]. */
-void crane_pack_bf16(const Weight *w, const uint16_t *values, int64_t first, int64_t count) {
-    Pack p = {.w = w, .codes = (const uint8_t *)values, .first = first, .count = count};
-    crane_parallel(pack_bf16_panel, &p, (count + LANES - 1) / LANES);
-}
 
 /* ---- unpacking */
 

@@ -1,0 +1,141 @@
+/* Packing: from GGUF blocks, from codes taken apart elsewhere, or from bfloat16 into the panels of weight.h. */
+#include "weight.h"
+
+/* 32 columns of one row. A second scale and offset only where groups are 16 columns wide. */
+typedef struct { uint8_t q[TILE]; float scale[2], offset[2]; } Group;
+
+typedef struct {
+    const Weight *w;
+    int32_t kind;                /* of blocks, see read_group */
+    const uint8_t *codes;        /* blocks; or [count, num_columns], signed ones are moved up by shift */
+    const float *scale, *offset; /* of codes: [count, num_columns / group] */
+    int64_t first, count, row_bytes;
+} Pack;
+
+enum { CODES, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K }; /* as in kernels/packed.py */
+
+INLINE float half_at(const uint8_t *p) { uint16_t v; memcpy(&v, p, 2); return from_f16_1(v); }
+
+/* Scale and minimum i of a Q4_K or Q5_K block: six bits each in twelve bytes. */
+INLINE void k_scale(const uint8_t *block, int i, Group *g) {
+    const uint8_t *s = block + 4;
+    int scale = i < 4 ? s[i] & 63 : (s[i + 4] & 15) | (s[i - 4] >> 6) << 4;
+    int minimum = i < 4 ? s[i + 4] & 63 : s[i + 4] >> 4 | (s[i] >> 6) << 4;
+    g->scale[0] = half_at(block) * scale;
+    g->offset[0] = -(half_at(block + 2) * minimum);
+}
+
+/* Group `at` of a row in blocks. What the types mean is written out in kernels/blocks.py, the tests' reference. */
+INLINE void read_group(int kind, const uint8_t *row, int64_t at, Group *g) {
+    if (kind <= Q5_1) {
+        int has_offset = kind == Q4_1 || kind == Q5_1, five = kind >= Q5_0, head = 2 + 2 * has_offset;
+        const uint8_t *block = row + at * (head + 4 * five + 16), *low = block + head + 4 * five;
+        g->scale[0] = half_at(block);
+        if (has_offset) g->offset[0] = half_at(block + 2);
+        uint32_t high = 0;
+        if (five) memcpy(&high, block + head, 4);
+        for (int k = 0; k < 16; k++) {
+            g->q[k] = (low[k] & 15) | (high >> k & 1) << 4;
+            g->q[k + 16] = low[k] >> 4 | (high >> (k + 16) & 1) << 4;
+        }
+    } else if (kind == Q8_0) {
+        const uint8_t *block = row + at * 34;
+        g->scale[0] = half_at(block);
+        for (int k = 0; k < 32; k++) g->q[k] = block[2 + k] ^ 128;
+    } else if (kind == Q6_K) {
+        const uint8_t *block = row + at / 8 * 210;
+        int i = at % 8, part = i % 4;
+        const uint8_t *low = block + i / 4 * 64 + part % 2 * 32, *high = block + 128 + i / 4 * 32;
+        const int8_t *scales = (const int8_t *)block + 192 + 2 * i;
+        for (int h = 0; h < 2; h++) g->scale[h] = half_at(block + 208) * scales[h];
+        for (int k = 0; k < 32; k++) g->q[k] = (low[k] >> part / 2 * 4 & 15) | (high[k] >> 2 * part & 3) << 4;
+    } else {
+        const uint8_t *block = row + at / 8 * (kind == Q4_K ? 144 : 176);
+        int i = at % 8;
+        const uint8_t *low = block + (kind == Q4_K ? 16 : 48) + i / 2 * 32;
+        k_scale(block, i, g);
+        for (int k = 0; k < 32; k++) {
+            g->q[k] = low[k] >> i % 2 * 4 & 15;
+            if (kind == Q5_K) g->q[k] |= (block[16 + k] >> i & 1) << 4;
+        }
+    }
+}
+
+INLINE void take_codes(const Pack *p, int64_t row, int64_t at, Group *g) {
+    const uint8_t *from = p->codes + row * p->w->num_columns + at * TILE;
+    int64_t groups = p->w->groups, first = (row * num_tiles(p->w) + at) * groups;
+    for (int k = 0; k < TILE; k++) g->q[k] = from[k] + p->w->shift;
+    for (int i = 0; i < groups; i++) {
+        g->scale[i] = p->scale[first + i];
+        if (p->w->has_offset) g->offset[i] = p->offset[first + i];
+    }
+}
+
+/* kind is a constant wherever this is inlined */
+INLINE void pack_panel(const Pack *p, int64_t index, int kind) {
+    const Weight *w = p->w;
+    int64_t groups = w->groups, left = p->count - index * LANES, rows = left < LANES ? left : LANES;
+    uint8_t *to = w->panels + (p->first / LANES + index) * num_tiles(w) * tile_bytes(w);
+    for (int64_t tile = 0; tile < num_tiles(w); tile++, to += tile_bytes(w)) {
+        uint8_t quads[8][64] = {{0}};
+        memset(to, 0, tile_bytes(w));
+        uint16_t *scale = (uint16_t *)to, *offset = scale + LANES * groups;
+        for (int64_t r = 0; r < rows; r++) {
+            Group g = {0};
+            if (kind == CODES) take_codes(p, index * LANES + r, tile, &g);
+            else read_group(kind, p->codes + (index * LANES + r) * p->row_bytes, tile, &g);
+            for (int i = 0; i < 8; i++) memcpy(&quads[i][r * 4], g.q + i * 4, 4);
+            for (int i = 0; i < groups; i++) {
+                scale[i * LANES + r] = to_f16_1(g.scale[i]);
+                if (w->has_offset) offset[i * LANES + r] = to_f16_1(g.offset[i]);
+            }
+        }
+        uint8_t *low = to + 32 * groups * (1 + w->has_offset), *high = low + 256;
+        if (w->bits == 8) {
+            memcpy(low, quads, 512);
+            continue;
+        }
+        for (int i = 0; i < 4; i++)
+            for (int b = 0; b < 64; b++) low[i * 64 + b] = (quads[i][b] & 15) | (quads[i + 4][b] & 15) << 4;
+        for (int i = 0; i < 8 && w->bits == 5; i++)
+            for (int b = 0; b < 64; b++) high[b] |= (quads[i][b] >> 4) << i;
+        for (int i = 0; i < 8 && w->bits == 6; i++)
+            for (int b = 0; b < 64; b++) high[i / 4 * 64 + b] |= (quads[i][b] >> 4) << 2 * (i % 4);
+    }
+}
+
+static void pack_task(void *argument, int64_t index) {
+    const Pack *p = argument;
+#define KIND(kind) case kind: pack_panel(p, index, kind); break
+    switch (p->kind) {
+        KIND(CODES); KIND(Q4_0); KIND(Q4_1); KIND(Q5_0); KIND(Q5_1); KIND(Q8_0); KIND(Q4_K); KIND(Q5_K); KIND(Q6_K);
+    }
+#undef KIND
+}
+
+/* Rows [first, first + count) of a weight, first a multiple of 16. kind CODES: codes are [count, num_columns], scale
+and offset [count, num_columns / group]; else codes are blocks, row_bytes a row. */
+void crane_pack(const Weight *w, int32_t kind, const uint8_t *codes, int64_t row_bytes, const float *scale,
+                const float *offset, int64_t first, int64_t count) {
+    Pack p = {.w = w, .kind = kind, .codes = codes, .scale = scale, .offset = offset, .first = first, .count = count,
+              .row_bytes = row_bytes};
+    crane_parallel(pack_task, &p, (count + LANES - 1) / LANES);
+}
+
+int64_t crane_weight_bytes(const Weight *w) { return num_panels(w) * num_tiles(w) * tile_bytes(w); }
+
+static void pack_bf16_panel(void *argument, int64_t index) {
+    const Pack *p = argument;
+    const uint16_t *from = (const uint16_t *)p->codes;
+    int64_t columns = p->w->num_columns, left = p->count - index * LANES;
+    uint16_t *to = (uint16_t *)p->w->panels + (p->first / LANES + index) * columns * LANES;
+    for (int64_t r = 0; r < LANES; r++)
+        for (int64_t k = 0; k < columns; k++)
+            to[k / 2 * 32 + r * 2 + k % 2] = r < left ? from[(index * LANES + r) * columns + k] : 0;
+}
+
+/* The same of a bfloat16 weight, whose panels are AMX's tiles themselves. values: [count, num_columns]. */
+void crane_pack_bf16(const Weight *w, const uint16_t *values, int64_t first, int64_t count) {
+    Pack p = {.w = w, .codes = (const uint8_t *)values, .first = first, .count = count};
+    crane_parallel(pack_bf16_panel, &p, (count + LANES - 1) / LANES);
+}
