@@ -414,7 +414,7 @@ def _got(raw: bytes, path: str) -> str:
         value = msgspec.json.decode(raw)
         for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
             value = value[int(index)] if index else value[key]
-    except (msgspec.MsgspecError, KeyError, IndexError, TypeError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, IndexError, TypeError, RecursionError):
         return ""
     text = repr(value)
     return f", got {text if len(text) <= 60 else text[:57] + '...'}"

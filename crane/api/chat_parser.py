@@ -324,16 +324,17 @@ class ChatParser:
     def _tail(self) -> bool:
         """After the arguments, up to the end of the call's object, or of the tags around it."""
         text = self._buffer.lstrip()
-        if self._wrapper is None and self._closer.startswith(text[: len(self._closer)]):
+        if self._wrapper is None and not self._json.in_string and self._closer.startswith(text[: len(self._closer)]):
             if len(text) < len(self._closer):
                 return False
             self._after_call()
             return True
-        _, num_read, ended = self._json.feed(self._buffer)
+        next_tag = self._buffer.find("<", 1)  # read no further than where one may be
+        _, num_read, ended = self._json.feed(self._buffer if next_tag < 0 else self._buffer[:next_tag])
         self._buffer = self._buffer[num_read:]
         if ended:
             self._after_call()
-        return ended
+        return ended or bool(self._buffer)
 
     def _after_call(self) -> None:
         if not self.parallel and self.calls:

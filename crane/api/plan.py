@@ -40,7 +40,7 @@ def plan(context: Context, request: Request) -> Question:
 def _generation(context: Context, request: Request) -> Generation:
     try:
         given = msgspec.json.decode(request.body)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         given = {}  # the endpoint below says what is wrong with it
     keys = given if isinstance(given, dict) else {}
     kind = next((answer for key, answer in _KINDS.items() if key in keys), None)

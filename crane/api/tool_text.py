@@ -27,6 +27,10 @@ class JsonFollower:
         self._depth = depth
         self._in_string = self._escaped = self._begun = False
 
+    @property
+    def in_string(self) -> bool:
+        return self._in_string
+
     def feed(self, text: str) -> tuple[str, int, bool]:
         """What of `text` belongs to the value, how much of it was read, and whether the value ended."""
         written: list[str] = []

@@ -17,7 +17,7 @@ from crane.models.tokenizer import CONFIG_NAME, Tokenizer
 
 log = logging.getLogger(__name__)
 
-_FAILURES = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+_FAILURES = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, NameError)
 _FAILURES += (RecursionError, MemoryError)
 _END = "\ue000crane-end\ue000"  # the last one in a text is ours, whatever the messages hold
 _OWN_ARGUMENTS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})

@@ -6,6 +6,7 @@ against the files, whatever library reads the tensors later. Pickle is never ope
 
 import json
 import math
+import re
 import stat
 import struct
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ _ELEMENT_BYTES = {
     "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1,
     "F8_E5M2FNUZ": 1, "C64": 8,
 }  # fmt: skip
+
+_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +137,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _is_plain_name(name: object) -> bool:
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    return isinstance(name, str) and len(name) < 200 and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def _json_object(text: str | bytes, path: Path, pairs_hook=None) -> dict:
@@ -145,6 +148,11 @@ def _json_object(text: str | bytes, path: Path, pairs_hook=None) -> dict:
         raise ModelError(f"{path}: not valid JSON: {reason}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    if _HALF_PAIR.search(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ModelError(f"{path}: holds half of a surrogate pair, which is not text") from None
     return value
 
 

@@ -13,6 +13,7 @@ import tokenizers
 
 from crane.errors import ModelError, RequestError
 from crane.models.files import Checkpoint
+from crane.models.gguf_header import show
 from crane.models.vocab import FastVocab, PieceVocab, UnsupportedVocab, read_decoder
 from crane.models.vocab_gguf import GgufVocab
 
@@ -207,7 +208,9 @@ def _from_json(checkpoint: Checkpoint, text: str, config: dict) -> Tokenizer:
     path = checkpoint.path / JSON_NAME
     try:
         pipeline = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # the library raises bare Exception, and for a panic of its own not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"{path}: not a tokenizer: {error}") from None
     _add_missing(pipeline, config, path)
     names = _special_tokens(config)
@@ -231,9 +234,14 @@ def _from_pieces(checkpoint: Checkpoint, config: dict) -> Tokenizer:
     path = checkpoint.path / PIECES_NAME
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: not a SentencePiece model: {str(error).strip()}") from None
     num_pieces = processor.get_piece_size()
+    try:
+        for token_id in range(num_pieces):
+            processor.id_to_piece(token_id)
+    except UnicodeDecodeError:
+        raise ModelError(f"{path}: piece {token_id} is not UTF-8") from None
     marks = [i for i in range(num_pieces) if processor.is_control(i) or processor.is_unknown(i)]
     special = {i: processor.id_to_piece(i) for i in marks}
     extra, plain = {}, {}
@@ -264,14 +272,18 @@ def _from_pieces(checkpoint: Checkpoint, config: dict) -> Tokenizer:
 
 def _config(checkpoint: Checkpoint) -> dict:
     """tokenizer_config.json; names of special tokens that it lacks come from special_tokens_map.json."""
-    config = checkpoint.read_json(CONFIG_NAME) or {}
+    path = checkpoint.path / CONFIG_NAME
+    own = checkpoint.read_json(CONFIG_NAME) or {}
+    config = {**(checkpoint.read_json("special_tokens_map.json") or {}), **own}
     added = config.get("added_tokens_decoder") or {}
     entries = added.items() if isinstance(added, dict) else [("", added)]
     for key, entry in entries:
-        if not key.isdecimal() or not isinstance(entry, dict) or not _content(entry):
-            path = checkpoint.path / CONFIG_NAME
-            raise ModelError(f"{path}: malformed entry {key!r} of added_tokens_decoder")
-    return {**(checkpoint.read_json("special_tokens_map.json") or {}), **config}
+        if not key.isdecimal() or len(key) > 9 or not isinstance(entry, dict) or not _content(entry):
+            raise ModelError(f"{path}: malformed entry {show(key)} of added_tokens_decoder")
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        if not isinstance(config.get(key), list | dict | None):
+            raise ModelError(f"{path}: {key} must be a list or an object")
+    return config
 
 
 def _special_tokens(config: dict) -> dict[str, str]:
@@ -300,12 +312,14 @@ def _added_tokens(checkpoint: Checkpoint, config: dict) -> list[tuple[int, str, 
     """(id, text, special) of tokens that a folder adds to its tokenizer.model."""
     found = {}
     for text, token_id in (checkpoint.read_json("added_tokens.json") or {}).items():
+        if type(token_id) is not int:
+            raise ModelError(f"{checkpoint.path}: malformed added token {show(text)}: {show(repr(token_id))} is no id")
         found[token_id] = (text, False)
     for key, entry in (config.get("added_tokens_decoder") or {}).items():
         found[int(key)] = (entry["content"], bool(entry.get("special")))
     for token_id, (text, _) in found.items():
         if not isinstance(token_id, int) or not 0 <= token_id < 1 << 24 or not text:
-            raise ModelError(f"{checkpoint.path}: malformed added token {token_id!r}: {text!r}")
+            raise ModelError(f"{checkpoint.path}: malformed added token {token_id}: {show(str(text))}")
     return [(token_id, *found[token_id]) for token_id in sorted(found)]
 
 
