@@ -37,11 +37,10 @@ def _qkv_post_torch(qkv: Tensor, kv: Tensor, layer: int, index: Tensor, cos: Ten
     Returns q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim], perhaps views of qkv;
     None for k and v without `keep_kv`.
     """
-    kv_heads, head_dim = kv.shape[4:]
+    _, _, _, _, kv_heads, head_dim = kv.shape
     if bias is not None:
         qkv = qkv + bias
-    heads = qkv.unflatten(1, (-1, head_dim))
-    qk, v = heads.split((num_heads + kv_heads, kv_heads), dim=1)
+    qk, v = qkv.view(qkv.shape[0], -1, head_dim).split((num_heads + kv_heads, kv_heads), dim=1)
     if norm_weight is not None and norm_first:
         qk = rms_norm(qk, norm_weight, eps)
     qk = rope(qk, cos, sin)

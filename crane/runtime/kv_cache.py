@@ -1,11 +1,13 @@
 """The memory of all KV pages, on the device and in host memory. The one place that knows their layout."""
 
+import itertools
 import time
 
 import torch
 from torch import Tensor
 
 from crane.errors import SettingsError
+from crane.kernels.page_copy import copy_pages
 from crane.models.config import ModelConfig
 from crane.models.files import Checkpoint
 from crane.runtime.disk import DiskTier, fingerprint
@@ -75,23 +77,31 @@ class HostPages:
     @torch.inference_mode()
     def apply(self, copies: list[tuple[int, int]]) -> None:
         """Make `PagePool.copies`, in order. What the device computes next sees them made."""
-        for source, target in copies:
-            if target >= self.num_pages:
-                self._out(self.kv[source], self.page(target - self.num_pages))
-            elif source >= self.num_pages:
-                self._in(self.page(source - self.num_pages), self.kv[target])
-            else:
-                self.kv[target].copy_(self.kv[source])
+        for goes_out, run in itertools.groupby(copies, lambda copy: copy[1] >= self.num_pages):
+            if goes_out:
+                self._out(list(run))
+                continue
+            for source, target in run:
+                if source >= self.num_pages:
+                    self._in(self.page(source - self.num_pages), self.kv[target])
+                else:
+                    self.kv[target].copy_(self.kv[source])
 
-    def _out(self, page: Tensor, host_page: Tensor) -> None:
+    def _out(self, copies: list[tuple[int, int]]) -> None:
         if not self._cuda:
-            host_page.copy_(page)
+            for source, target in copies:
+                self.page(target - self.num_pages).copy_(self.kv[source])
             return
-        staged = page.clone()  # the page itself may be written to from here on
-        self._stream.wait_stream(torch.cuda.current_stream(page.device))
-        with torch.cuda.stream(self._stream):
-            host_page.copy_(staged, non_blocking=True)
-        staged.record_stream(self._stream)
+        for start in range(0, len(copies), self._slab_pages):
+            sources, targets = zip(*copies[start : start + self._slab_pages])
+            # the pages themselves may be written to from here on
+            staged = torch.empty((len(sources), *self.kv.shape[1:]), dtype=self.kv.dtype, device=self.kv.device)
+            copy_pages(self.kv, sources, staged, range(len(sources)))
+            self._stream.wait_stream(torch.cuda.current_stream(self.kv.device))
+            with torch.cuda.stream(self._stream):
+                for page, target in zip(staged, targets):
+                    self.page(target - self.num_pages).copy_(page, non_blocking=True)
+            staged.record_stream(self._stream)
 
     def _in(self, host_page: Tensor, page: Tensor) -> None:
         if self._cuda:  # it may be on its way out still

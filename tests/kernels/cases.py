@@ -42,8 +42,20 @@ def tensors(value) -> list[Tensor]:
 
 
 def widened(value):
-    """A copy of the value, its floating point tensors in float64."""
-    return mapped(value, lambda each: each.double() if each.is_floating_point() else each.clone())
+    """A copy of the value, its floating point tensors in float64; what was one tensor still is."""
+    return mapped(value, once(lambda each: each.double() if each.is_floating_point() else each.clone()))
+
+
+def once(change):
+    """`change`, which gives the same result for the same tensor."""
+    known = {}
+
+    def changed(tensor: Tensor) -> Tensor:
+        if id(tensor) not in known:
+            known[id(tensor)] = change(tensor)
+        return known[id(tensor)]
+
+    return changed
 
 
 class Guarded:
@@ -52,7 +64,7 @@ class Guarded:
 
     def __init__(self, arguments: dict):
         self._memory: list[tuple[Tensor, Tensor]] = []
-        self.arguments = mapped(arguments, self._copy)
+        self.arguments = mapped(arguments, once(self._copy))
 
     def _copy(self, tensor: Tensor) -> Tensor:
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0

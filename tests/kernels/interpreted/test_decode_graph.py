@@ -1,0 +1,60 @@
+"""What CUDA graphs and repeatable serving need of decode attention: fixed launches, and results without neighbours."""
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from crane.kernels.paged_decode import decode_tile, paged_decode
+from crane.kernels.paged_plan import plan_decode_rows
+from crane.kernels.plan_decode import plan_decode
+from crane.kernels.registry import force
+from crane.kernels.rows import Rows, attend_rows, make_rows
+
+LENGTHS = [[1, 1, 1], [700, 5, 0], [64, 65, 1500], [0, 0, 0]]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Every launch of a Triton kernel, so that it can be made again as it was."""
+    made = []
+    run = InterpretedFunction.run
+
+    def record(function, *args, grid, warmup, **named):
+        made.append((function, args, grid, named))
+        return run(function, *args, grid=grid, warmup=warmup, **named)
+
+    monkeypatch.setattr(InterpretedFunction, "run", record)
+    yield lambda: [run(function, *args, grid=grid, warmup=False, **named) for function, args, grid, named in made]
+
+
+def test_launches_captured_once_serve_every_length(launches):
+    torch.manual_seed(0)
+    arguments = make_rows([(1, 1500)] * 3, "cpu", torch.float32, heads=4, kv_heads=2, head_dim=32, page_size=64)
+    q, kv, layer, full, scale = (arguments[name] for name in ("q", "kv", "layer", "rows", "scale"))
+    contexts = torch.tensor(LENGTHS[0], dtype=torch.int32)
+    rows = Rows(full.query_starts, full.query_lens, contexts, full.page_table, 1, 1500)
+    with force("triton"):
+        out = plan_decode_rows(rows, kv).attend(q, kv, layer, scale)
+    for lengths in LENGTHS:
+        contexts.copy_(torch.tensor(lengths))
+        q.copy_(torch.randn(q.shape))
+        out.fill_(float("nan"))
+        assert len(launches()) == 3  # plan, parts, merge
+        torch.testing.assert_close(out, attend_rows(q, kv, layer, rows, scale, None), rtol=1e-5, atol=1e-5)
+
+
+def test_with_parts_of_fixed_size_a_row_does_not_notice_its_neighbours():
+    torch.manual_seed(0)
+    shapes = [(1, 400), (1, 130), (2, 257)]
+    arguments = make_rows(shapes, "cpu", torch.bfloat16, heads=4, kv_heads=2, head_dim=32, page_size=16)
+    rows, tile = arguments.pop("rows"), decode_tile(32)
+    work = plan_decode.triton(rows.context_lens, tile, 3, 20, 2)
+    together = paged_decode.triton(**arguments, rows=rows, work=work)
+    for row, (count, length) in enumerate(shapes):
+        own = slice(row, row + 1)
+        alone = Rows(rows.query_starts[own], rows.query_lens[own], rows.context_lens[own], rows.page_table[own],
+                     count, length)  # fmt: skip
+        work = plan_decode.triton(alone.context_lens, tile, 50, 9, 2)
+        got = paged_decode.triton(**arguments, rows=alone, work=work)
+        tokens = slice(int(alone.query_starts), int(alone.query_starts) + count)
+        assert torch.equal(got[tokens], together[tokens])
