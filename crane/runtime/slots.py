@@ -54,6 +54,7 @@ class Slots:
         self._memory = memory
         self._tickets = itertools.count()
         self._front_tickets = itertools.count(-1, -1)
+        self.lookahead = LOOKAHEAD
         self._passed_over = 0  # slots in a row that went to the most urgent class while others waited
 
     def __len__(self) -> int:
@@ -133,7 +134,7 @@ class Slots:
         who hold their pages run on."""
         blocked, later = None, []
         while len(self.running) < self.max_running:
-            sequence = self._next(waiting=len(later) < LOOKAHEAD or blocked is None)
+            sequence = self._next(waiting=blocked is None or len(later) <= self.lookahead)
             if sequence is None:
                 break
             if sequence in self.parked:
