@@ -205,9 +205,7 @@ class Simulation:
         started = time.perf_counter()
         outputs = scheduler.commit(batch, [DRAWN if row.samples else NOTHING for row in batch.rows])
         self.plan_s += time.perf_counter() - started
-        decoding = sum(row.count == 1 for row in batch.rows)
-        decode_s = step_s * decoding / num_tokens
-        self.forecast.step(num_tokens - decoding, len(outputs), step_s - decode_s, decode_s)
+        self.forecast.step(num_tokens, step_s)
         return outputs
 
 

@@ -16,7 +16,7 @@ from crane.models.registry import load_model
 from crane.models.tokenizer import load_tokenizer
 from crane.runtime import device as devices
 from crane.runtime.drafts import Drafter
-from crane.runtime.forecast import Forecast, Rate
+from crane.runtime.forecast import Forecast
 from crane.runtime.grammar import GrammarCompiler, wait_any
 from crane.runtime.kv_cache import open_disk
 from crane.runtime.kv_memory import KVMemory
@@ -86,7 +86,7 @@ class Engine:
         self._stats = EngineStats(num_pages=self.memory.pool.num_pages)
         self._recovery = Recovery(lambda batch: self.runner.run(batch), self.runner.free_memory)
         self._metrics = Metrics()
-        self._prefill, self._decode = Rate(), Rate()
+        self._prefill, self._decode = _Rate(), _Rate()
         self._forecast = Forecast(self.scheduler, settings.max_queue)
         self.info = EngineInfo(
             pid=os.getpid(),
@@ -270,8 +270,7 @@ class Engine:
         share_s = elapsed_s / batch.num_tokens
         self._decode.add(sum(1 + row.num_accepted for row in decoding), decoded * share_s)
         self._prefill.add(batch.num_tokens - decoded, (batch.num_tokens - decoded) * share_s)
-        drawn = sum(len(output.token_ids) for output in outputs)
-        self._forecast.step(batch.num_tokens - decoded, drawn, elapsed_s - decoded * share_s, decoded * share_s)
+        self._forecast.step(batch.num_tokens, elapsed_s)
         if decoded == batch.num_tokens:
             self.scheduler.drafter.cost.learn(decoded, elapsed_s)
         if batch.num_tokens > decoded:
@@ -305,3 +304,19 @@ class Engine:
         stats.kernels = registry.report()
         stats.uptime_s = round(time.monotonic() - self._started_s, 3)
         return stats
+
+
+class _Rate:
+    """Tokens per second over all time spent on them."""
+
+    def __init__(self):
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
+
+    @property
+    def value(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0

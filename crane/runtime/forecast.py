@@ -1,7 +1,7 @@
 """When requests will start, from what has been measured: for `/v1/plan`, and for Retry-After. Torch-free.
 
 Nothing here decides who runs. While requests wait, the rate at which they start is measured; before there is enough to
-measure, it is what the time per prompt and output token and the mean sizes come to.
+measure, it follows from the mean sizes of requests and the time of a step.
 """
 
 from collections import deque
@@ -12,27 +12,38 @@ from crane.runtime.types import Generate, Plan
 
 WINDOW_S = 30.0
 MIN_WINDOW_S, MIN_STARTS = 1.0, 8  # fewer starts than that say little
-MAX_RETRY_S = 300.0
+MAX_RETRY_S = 60.0  # clients of OpenAI's obey no more than that
 
 
-class Rate:
-    """Tokens per second of the time spent on them. half_s: time spent so long ago counts half; None: all the same."""
+_MEMORY = 0.99  # what each step leaves of the weight of those before
+_BASE_TOKENS = 16  # as long as all steps were of one size: what they would take without any token is taken for so many
 
-    def __init__(self, half_s: float | None = None):
-        self.tokens = 0.0
-        self.seconds = 0.0
-        self._half_s = half_s
 
-    def add(self, tokens: int, seconds: float) -> None:
-        if self._half_s is not None:
-            keep = 0.5 ** (seconds / self._half_s)
-            self.tokens, self.seconds = self.tokens * keep, self.seconds * keep
-        self.tokens += tokens
-        self.seconds += seconds
+class StepTime:
+    """Seconds of a step as a line over its tokens, fitted to the latest steps by least squares."""
+
+    def __init__(self):
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def __bool__(self) -> bool:
+        """Whether anything was measured."""
+        return self._y > 0
+
+    def learn(self, num_tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long."""
+        for name, value in (("_weight", 1.0), ("_x", num_tokens), ("_y", seconds), ("_xx", num_tokens**2),
+                            ("_xy", num_tokens * seconds)):  # fmt: skip
+            setattr(self, name, _MEMORY * getattr(self, name) + value)
 
     @property
-    def value(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+    def line(self) -> tuple[float, float]:
+        """(seconds of any step, seconds of each token)."""
+        x, y = self._x / self._weight, self._y / self._weight
+        spread = self._xx / self._weight - x * x
+        slope = y / (x + _BASE_TOKENS)
+        if spread > 0.25:
+            slope = min(max((self._xy / self._weight - x * y) / spread, slope / 16), y / x)
+        return max(y - slope * x, 0.0), slope
 
 
 class Forecast:
@@ -41,15 +52,13 @@ class Forecast:
     def __init__(self, scheduler: Scheduler, max_queue: int):
         self.max_queue = max_queue
         self._scheduler = scheduler
-        self._prefill, self._decode, self._steps = Rate(10.0), Rate(10.0), Rate(10.0)
+        self._time = StepTime()
         self._starts: deque[tuple[float, int]] = deque()  # when, and how many had started by then
         self._promised_s: dict[str, float] = {}  # until when each tenant's coming places are given away
 
-    def step(self, num_prompt: int, num_drawn: int, prefill_s: float, decode_s: float) -> None:
-        """A step computed so many prompt tokens and drew so many tokens, in so many seconds."""
-        self._prefill.add(num_prompt, prefill_s)
-        self._decode.add(num_drawn, decode_s)
-        self._steps.add(1, prefill_s + decode_s)
+    def step(self, num_tokens: int, seconds: float) -> None:
+        """A step computed so many tokens in so many seconds."""
+        self._time.learn(num_tokens, seconds)
         roster, now = self._scheduler.roster, self._scheduler.clock()
         if not roster.num_waiting:
             self._starts.clear()  # what starts at once says how fast requests come, not how fast they could
@@ -78,10 +87,9 @@ class Forecast:
         if not rate:
             return text, 1.0
         self._promised_s = {name: at for name, at in self._promised_s.items() if at > now}
-        turnover_s = min(roster.waiting_by_tenant[tenant] / rate, MAX_RETRY_S)
-        at = min(max(self._promised_s.get(tenant, now), now) + 1 / rate, now + turnover_s)
+        at = min(max(self._promised_s.get(tenant, now), now) + 1 / rate, now + MAX_RETRY_S)
         self._promised_s[tenant] = at
-        return text, min(max(at - now, 1.0), MAX_RETRY_S)
+        return text, max(at - now, 1.0)
 
     # --- one request
 
@@ -111,7 +119,6 @@ class Forecast:
     def _wait_s(self, sequence: Sequence, num_ahead: int) -> float | None:
         """Until it gets a slot; None when nothing is known."""
         scheduler, slots = self._scheduler, self._scheduler.slots
-        step_s = 1 / self._steps.value if self._steps.value else None
         num_free = slots.max_running - len(slots.running)
         pages = scheduler.pages_needed(sequence) - sequence.num_cached // scheduler.pool.page_size
         spare = scheduler.pool.num_free - len(slots.running) - num_ahead * self._mean_pages() - pages
@@ -119,19 +126,28 @@ class Forecast:
             return 0.0
         rate = self._start_rate()
         by_rate = (num_ahead + 1) / rate if rate else None
-        if step_s is None or spare < 0:
+        if not self._time or spare < 0:
             return by_rate
+        step_s = self._step_s(slots.max_running)
         # with pages for all, those past their quantum make way, and after each quantum as many as there are slots
         late = num_ahead - num_free - sum(s.quantum_used >= slots.quantum_tokens for s in slots.running)
         in_turn = step_s if late < 0 else step_s * slots.quantum_tokens * (late // slots.max_running + 1)
         return in_turn if by_rate is None else min(in_turn, by_rate)
 
     def _first_token_s(self, plan: Plan) -> float | None:
-        if plan.wait_s is None or not self._prefill.value or not self._steps.value:
+        if plan.wait_s is None or not self._time:
             return None
-        running = self._scheduler.running
-        ahead = sum(s.num_wanted for s in running if s.num_wanted > 1) + plan.prompt_tokens - plan.cached_tokens
-        return plan.wait_s + ahead / self._prefill.value + 1 / self._steps.value
+        scheduler = self._scheduler
+        ahead = sum(s.num_wanted for s in scheduler.running if s.num_wanted > 1)
+        num_tokens = ahead + plan.prompt_tokens - plan.cached_tokens
+        num_decoding = min(len(scheduler.running), scheduler.max_step_tokens - 1)
+        num_steps = -(-num_tokens // (scheduler.max_step_tokens - num_decoding))
+        base_s, token_s = self._time.line
+        return plan.wait_s + num_steps * (base_s + token_s * num_decoding) + token_s * num_tokens
+
+    def _step_s(self, num_tokens: int) -> float:
+        base_s, token_s = self._time.line
+        return base_s + token_s * num_tokens
 
     def _mean_pages(self) -> int:
         roster, pool = self._scheduler.roster, self._scheduler.pool
@@ -145,13 +161,16 @@ class Forecast:
             started = roster.num_started - self._starts[0][1]
             if seconds >= MIN_WINDOW_S and started >= MIN_STARTS:
                 return started / seconds
-        if not self._decode.value:
+        if not self._time:
             return 0.0
-        if roster.num_ended:
-            mean_output = roster.ended_output / roster.num_ended
-        else:
-            mean_output = sum(s.max_tokens for s in self._scheduler.running) / max(len(self._scheduler.running), 1)
-        seconds = mean_output / self._decode.value
-        if self._prefill.value and roster.num_started:
-            seconds += roster.started_prompt / roster.num_started / self._prefill.value
+        slots, pool = self._scheduler.slots, self._scheduler.pool
+        num_ended = roster.num_ended or len(slots.running)
+        output = roster.ended_output if roster.num_ended else sum(s.max_tokens for s in slots.running)
+        mean_output = output / max(num_ended, 1)
+        mean_prompt = roster.started_prompt / max(roster.num_started, 1)
+        # with all slots in use, or as many as there are pages for
+        pages = max(pool.pages_for(round(mean_prompt + mean_output)), 1)
+        num_rows = max(min(slots.max_running, pool.num_pages // pages), 1)
+        base_s, token_s = self._time.line
+        seconds = mean_prompt * token_s + mean_output * (base_s / num_rows + token_s)
         return 1 / seconds if seconds else 0.0
