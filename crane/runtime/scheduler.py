@@ -86,7 +86,17 @@ class Scheduler:
             self.disk.poll()
         self.slots.wake()
         self.slots.give_way()
-        self._fill_slots()
+        while True:
+            self._fill_slots()
+            num_preemptions = self.num_preemptions
+            batch = self._fill_step()
+            # one that gave up its pages and was alone in the step has made room for others
+            if batch.rows or num_preemptions == self.num_preemptions:
+                break
+        batch.copies = self.pool.due_copies()
+        return batch
+
+    def _fill_step(self) -> Batch:
         decoding = [s for s in self.running if s.num_wanted == 1 and not s.waits]
         prompts = [s for s in self.running if s.num_wanted > 1]
         # of one tenant and class in the order they got their slots
@@ -106,7 +116,6 @@ class Scheduler:
                 count = min(sequence.num_wanted, budget)
                 batch.rows.append(self._row(sequence, count))
                 budget -= count
-        batch.copies = self.pool.due_copies()
         return batch
 
     def _row(self, sequence: Sequence, count: int) -> Row:
@@ -263,12 +272,14 @@ class Scheduler:
 
     def _victim(self, planned: set[Sequence]) -> Sequence:
         """Who gives up pages: of the least urgent class the last of those that are parked, else the last that got
-        a slot."""
-        level = max(s.level for s in (*self.parked, *self.running) if s not in planned)
-        parked = [s for s in self.parked if s.level == level]
+        a slot. One that has its slot although more urgent ones wait keeps it as long as there is anyone else."""
+        holders = [s for s in (*self.parked, *self.running) if s not in planned]
+        holders = [s for s in holders if not s.trickled] or holders
+        level = max(s.level for s in holders)
+        parked = [s for s in holders if s.level == level and s.status is Status.QUEUED]
         if parked:
             return max(parked, key=self.slots.rank)
-        return next(s for s in reversed(self.running) if s.level == level and s not in planned)
+        return next(s for s in reversed(holders) if s.level == level)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take all pages back. The sequence goes on as soon as it fits again: first of its lane."""
