@@ -32,7 +32,7 @@ TORCH_FREE = [
     "crane.runtime.scheduler", "crane.runtime.sequence", "crane.runtime.pages", "crane.runtime.batch",
     "crane.runtime.policy", "crane.runtime.slots", "crane.runtime.roster", "crane.runtime.forecast",
     "crane.runtime.drafts", "crane.runtime.recovery",
-    "crane.runtime.ledger", "crane.runtime.costs", "crane.runtime.disk", "crane.runtime.tiers",
+    "crane.runtime.ledger", "crane.runtime.costs", "crane.runtime.disk", "crane.runtime.tiers", "crane.runtime.tables",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "gguf", "safetensors", "triton")
 

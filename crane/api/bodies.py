@@ -131,6 +131,8 @@ class GenerateBody(QueuedBody):
     return_token_ids: bool | None = None
     # tokens guessed and verified in one step, at most; 0 is off. What a grammar constrains is never guessed
     num_draft_tokens: Annotated[int, Meta(ge=0, le=64)] | None = None
+    # the same bits whatever runs beside it, in bfloat16, too; slower, and nothing is guessed
+    deterministic: bool | None = None
     # computed prefixes are shared only between requests of the same salt
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     # these label a request and change nothing in its answer

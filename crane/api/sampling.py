@@ -65,6 +65,7 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         skip_special_tokens=body.skip_special_tokens is not False,
         num_draft_tokens=body.num_draft_tokens,
+        deterministic=bool(body.deterministic),
     )
 
 

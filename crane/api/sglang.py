@@ -211,6 +211,7 @@ def _sampling(params: NativeSamplingBody, context: Context, num_prompt: int, whe
         min_tokens=min(min_tokens, max_tokens),
         ignore_eos=bool(params.ignore_eos),
         skip_special_tokens=params.skip_special_tokens is not False,
+        deterministic=bool(params.deterministic),
         **chosen,
         **more,
     )

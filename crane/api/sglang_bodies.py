@@ -36,6 +36,7 @@ class NativeSamplingBody(Body):
     logit_bias: dict[str, Bias] | None = None  # keys are token ids
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     sampling_seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    deterministic: bool | None = None  # the same bits whatever runs beside it, in bfloat16, too; slower
     stream_interval: Annotated[int, Meta(ge=1, le=MAX_INT)] | None = None  # an event per so many tokens
     # what the text has to match: at most one of these
     json_schema: Grammar | None = None

@@ -178,13 +178,14 @@ class Drafter:
         """For a new sequence of this request, whose list of tokens is `token_ids`; None: no guesses are wanted.
 
         Where only some tokens may follow (a grammar, a thinking budget) nothing is guessed: what is allowed
-        depends on every token before, and masks are computed one token ahead.
+        depends on every token before, and masks are computed one token ahead. Nor is it for deterministic requests:
+        what is verified together is not computed as it would be one by one.
         """
         sampling = request.sampling
         limit = self._limit if sampling.num_draft_tokens is None else sampling.num_draft_tokens
         if request.prediction_ids and sampling.num_draft_tokens is None:
             limit = self._default
-        if not limit or request.pooling or sampling.constrained:
+        if not limit or request.pooling or sampling.constrained or sampling.deterministic:
             return None
         return Drafts(token_ids, len(token_ids), request.prediction_ids, limit, self._sizes)
 

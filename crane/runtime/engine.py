@@ -274,7 +274,7 @@ class Engine:
         if decoded == batch.num_tokens:
             self.scheduler.drafter.cost.learn(decoded, elapsed_s)
         if batch.num_tokens > decoded:
-            self.scheduler.costs.computed(batch.num_tokens - decoded, (batch.num_tokens - decoded) * share_s)
+            self.memory.costs.computed(batch.num_tokens - decoded, (batch.num_tokens - decoded) * share_s)
 
     def metrics(self) -> dict:
         """All that is counted: `Metrics.snapshot`, and the counters of `stats` by name."""
@@ -284,11 +284,11 @@ class Engine:
         """A snapshot of the counters."""
         stats, scheduler = self._stats, self.scheduler
         stats.preemptions = scheduler.num_preemptions
-        stats.swaps = scheduler.num_swaps
-        stats.host_cached_tokens = scheduler.num_host_tokens
-        stats.disk_cached_tokens = scheduler.num_disk_tokens
+        stats.swaps = scheduler.tables.num_swaps
+        stats.host_cached_tokens = scheduler.tables.num_host_tokens
+        stats.disk_cached_tokens = scheduler.tables.num_disk_tokens
         self.memory.count(stats)
-        stats.cached_tokens = scheduler.num_cached_tokens
+        stats.cached_tokens = scheduler.tables.num_cached_tokens
         drafter = scheduler.drafter
         stats.drafts, stats.drafted_tokens = drafter.num_drafts, drafter.num_drafted
         stats.accepted_tokens = drafter.num_accepted

@@ -233,9 +233,9 @@ class PagePool:
         self.host.drop_all()
         return self.device.drop_all()
 
-    def anew(self) -> "PagePool":
-        """As many pages, all blank."""
-        return PagePool(self.num_pages, self.page_size, self.host.size)
+    def reset(self) -> None:
+        """Every page blank, whoever holds it."""
+        self.__init__(self.num_pages, self.page_size, self.host.size)
 
     def check(self, tables: Iterable[list[int]], host_tables: Iterable[list[int]] = ()) -> None:
         """Prove the ledger against the device and the host pages of all who hold any. Raises AssertionError."""

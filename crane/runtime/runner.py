@@ -18,6 +18,8 @@ from crane.runtime.types import TokenLogprob
 _MASK_PATIENCE_S = 0.005
 # Prompt log-probabilities need whole rows of logits: so many positions at a time.
 _LOGIT_CHUNK = 64
+# Deterministic sequences decode so many at a time, no more and no less.
+_FIXED_ROWS = 8
 
 
 class ModelRunner:
@@ -38,11 +40,19 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Picked]:
         """One step: writes K/V of all rows into their pages, draws a token for each row that samples."""
-        rows = batch.rows
-        context = self._context(rows)
+        found: dict[int, Picked] = {}
+        for rows, fixed in _parts(batch.rows):
+            found.update(zip(map(id, rows), self._run(rows, fixed), strict=True))
+        return [found[id(row)] for row in batch.rows]
+
+    def _run(self, rows: list[Row], fixed: bool) -> list[Picked]:
+        """One forward pass. fixed: rows of deterministic sequences; several are filled up to `_FIXED_ROWS` by
+        computing the last again, so that no product's shape depends on who is there."""
+        filled = rows + rows[-1:] * (_FIXED_ROWS - len(rows)) if fixed and rows[0].count == 1 else rows
+        context = self._context(filled)
         constrained = _start_masks(rows)  # computed on other threads meanwhile
         token_ids = []
-        for row in rows:
+        for row in filled:
             token_ids += row.sequence.token_ids[row.start : row.start + row.count]
             token_ids += row.drafts
         hidden = self.model(self._ints(token_ids), context)  # [num_tokens, hidden]
@@ -54,8 +64,25 @@ class ModelRunner:
             if row.prompt_logits:
                 first = context.query_starts[index]
                 picked[index].prompt_logprobs = self._prompt_logprobs(row, hidden[first : first + row.count])
-        self._draw(rows, context, hidden, constrained, picked)
+        if fixed:
+            self._draw_fixed(rows, context, hidden, constrained, picked)
+        else:
+            self._draw(rows, context, hidden, constrained, picked)
         return picked
+
+    def _draw_fixed(self, rows: list[Row], context: ForwardContext, hidden: Tensor, constrained: dict[int, Constraint],
+                    picked: list[Picked]) -> None:
+        """`_draw` of deterministic rows, which have no drafts: the logits of all together, the draws one by one."""
+        if not any(row.samples for row in rows):
+            return
+        ends = [start + count - 1 for start, count in zip(context.query_starts, context.query_lens)]
+        logits = self.model.logits(hidden[self._ints(ends)])
+        masks = _take_masks(constrained)
+        for i, row in enumerate(rows):
+            if row.samples and masks.get(i, 0) is not None:
+                mask = {0: masks[i]} if i in masks else {}
+                drawn, logprobs = self.sampler.pick(logits[i : i + 1], [row.sequence], mask, [()])
+                picked[i].token_id, picked[i].logprob = drawn[0], logprobs[0]
 
     def _draw(self, rows: list[Row], context: ForwardContext, hidden: Tensor, constrained: dict[int, Constraint],
               picked: list[Picked]) -> None:
@@ -138,6 +165,19 @@ class ModelRunner:
 
     def _ints(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _parts(rows: list[Row]) -> list[tuple[list[Row], bool]]:
+    """What is computed together, and whether in a fixed shape: all rows but those of deterministic sequences; of
+    these single tokens, so many at a time; each longer row by itself."""
+    fixed = [row for row in rows if row.sequence.deterministic]
+    if not fixed:
+        return [(rows, False)]
+    single = [row for row in fixed if row.count == 1]
+    parts = [([row for row in rows if not row.sequence.deterministic], False)]
+    parts += [(single[start : start + _FIXED_ROWS], True) for start in range(0, len(single), _FIXED_ROWS)]
+    parts += [([row], True) for row in fixed if row.count > 1]
+    return [part for part in parts if part[0]]
 
 
 def _start_masks(rows: list[Row]) -> dict[int, Constraint]:

@@ -26,6 +26,7 @@ from crane.runtime.policy import Tenants
 from crane.runtime.roster import Roster
 from crane.runtime.sequence import Sequence, Status
 from crane.runtime.slots import Slots
+from crane.runtime.tables import PageTables
 from crane.runtime.tiers import DiskLink
 from crane.runtime.types import Output
 
@@ -46,16 +47,10 @@ class Scheduler:
         self.roster = Roster(self.tenants)
         self.slots = Slots(self.tenants, self, max_running=max_running, quantum_tokens=quantum_tokens)
         self.running, self.parked = self.slots.running, self.slots.parked
-        self.prefix_cache = prefix_cache
+        self.tables = PageTables(pool, prefix_cache=prefix_cache, costs=costs, disk=disk)
         self.drafter = drafter  # for sequences that have `drafts`
-        self.costs = costs or Costs(page_bytes=0)
         self.step_limit: int | None = None  # tokens of a step while memory is short
-        self.disk = disk
         self.num_preemptions = 0
-        self.num_swaps = 0  # preemptions whose pages went to host memory
-        self.num_cached_tokens = 0  # prompt tokens that did not have to be computed
-        self.num_host_tokens = 0  # of those: tokens that came from host memory
-        self.num_disk_tokens = 0  # and tokens that came from disk
 
     @property
     def has_work(self) -> bool:
@@ -82,8 +77,7 @@ class Scheduler:
 
     def plan(self) -> Batch:
         """The next step. Empty only when there is nothing to do, or all that is left waits for a grammar."""
-        if self.disk is not None:
-            self.disk.poll()
+        self.tables.poll()
         self.slots.wake()
         self.slots.give_way()
         while True:
@@ -113,7 +107,7 @@ class Scheduler:
         budget -= self._add_drafts(batch.rows, budget // 2 if prompts else budget)
         for sequence in prompts:
             if budget > 0 and sequence.status is Status.RUNNING:
-                count = min(sequence.num_wanted, budget)
+                count = sequence.next_count(budget, self.pool.page_size)
                 batch.rows.append(self._row(sequence, count))
                 budget -= count
         return batch
@@ -162,9 +156,7 @@ class Scheduler:
     # `slots.Memory`
 
     def may_start(self, sequence: Sequence) -> bool:
-        if sequence.waits or self._waits_for_leader(sequence):
-            return False
-        return self.disk is None or not self._may_share(sequence) or not self.disk.look_up(sequence)
+        return not (sequence.waits or self._waits_for_leader(sequence) or self.tables.awaits_disk(sequence))
 
     def pages_needed(self, sequence: Sequence) -> int:
         return self.pool.pages_for(len(sequence.token_ids))
@@ -173,8 +165,8 @@ class Scheduler:
         return self.pool.pages_for(sequence.num_prompt + sequence.max_tokens)
 
     def start(self, sequence: Sequence) -> bool:
-        """`_start`, if need be with the pages of less urgent ones."""
-        if self._start(sequence):
+        """Its pages, if need be those of less urgent ones."""
+        if self.tables.start(sequence, len(self.running)):
             return True
         victims = [s for s in (*self.parked, *self.running) if s.level > sequence.level and not s.trickled]
         missing = self.pool.pages_for(len(sequence.token_ids)) + len(self.running)
@@ -185,79 +177,26 @@ class Scheduler:
         victims.sort(key=lambda s: (s.level, s.status is Status.QUEUED, place[s]), reverse=True)
         for victim in victims:
             self._preempt(victim)
-            if self._start(sequence):
+            if self.tables.start(sequence, len(self.running)):
                 return True
         return False
 
-    def _start(self, sequence: Sequence) -> bool:
-        """Pages for the whole past of a sequence without any: those it left in host memory, or those it can share,
-        and new ones; False: too few."""
-        nodes = sequence.nodes
-        if not sequence.host_pages:
-            nodes = self.pool.match(sequence.token_ids, sequence.salt) if self._may_share(sequence) else []
-        from_host = sum(node.page is None for node in nodes)
-        count = self.pool.pages_for(len(sequence.token_ids))
-        pages = self.pool.hold(nodes, count, sequence.host_pages, spare=len(self.running))
-        if pages is None:
-            return False
-        if not sequence.host_pages:
-            sequence.num_computed = len(nodes) * self.pool.page_size
-        sequence.pages, sequence.nodes, sequence.host_pages = pages, nodes, []
-        if sequence.admitted_s is None:
-            sequence.num_cached = sequence.num_computed
-            self.num_cached_tokens += sequence.num_cached
-            size, from_disk = self.pool.page_size, [node for node in nodes if node.from_disk]
-            self.num_disk_tokens += len(from_disk) * size
-            self.num_host_tokens += max(from_host - len(from_disk), 0) * size
-            for node in from_disk:
-                node.from_disk = False
-        return True
-
     def resume(self, sequence: Sequence) -> bool:
-        """The next token's page for a sequence that kept its pages; False: none is free."""
-        missing = max(self.pool.pages_for(len(sequence.token_ids)) - len(sequence.pages), 0)
-        if missing > self.pool.num_free:
-            return False
-        sequence.pages += self.pool.take(missing)
-        return True
+        return self.tables.resume(sequence)
 
     def num_cached_now(self, sequence: Sequence) -> int:
         """How many tokens of a new sequence's prompt would not have to be computed."""
-        nodes = self.pool.match(sequence.token_ids, sequence.salt) if self._may_share(sequence) else []
-        return len(nodes) * self.pool.page_size
-
-    def _may_share(self, sequence: Sequence) -> bool:
-        """What is wanted of every prompt position has to be computed at every position."""
-        return self.prefix_cache and not sequence.wants_prompt_logprobs and sequence.pooling != "mean"
+        return len(self.tables.match(sequence)) * self.pool.page_size
 
     def _waits_for_leader(self, sequence: Sequence) -> bool:
         leader = sequence.leader
-        if leader is None or not self._may_share(sequence):
+        if leader is None or not self.tables.may_share(sequence):
             return False
         return leader.status is not Status.FINISHED and leader.num_computed < leader.num_prompt
 
-    def _remember(self, sequence: Sequence) -> None:
-        """Enter the pages that a step has filled into the prefix index."""
-        size = self.pool.page_size
-        while self.prefix_cache and (len(sequence.nodes) + 1) * size <= sequence.num_computed:
-            place = len(sequence.nodes)
-            tokens = tuple(sequence.token_ids[place * size : (place + 1) * size])
-            parent = sequence.nodes[-1] if sequence.nodes else None
-            node = self.pool.remember(parent, sequence.salt, tokens, sequence.pages[place])
-            if node.page != sequence.pages[place]:  # another sequence was first: one copy serves both
-                self.pool.share([node.page])
-                self.pool.release([sequence.pages[place]])
-                sequence.pages[place] = node.page
-            sequence.nodes.append(node)
-
     def flush(self) -> int:
         """Forget all remembered pages; live sequences start theirs anew. Returns how many pages became blank."""
-        for sequence in self.find(None):
-            sequence.salt = f"{sequence.salt}\0flushed"  # what it remembers from here on has no known start
-            sequence.nodes = []
-        if self.disk is not None:
-            self.disk.flush()
-        return self.pool.flush()
+        return self.tables.flush(self.find(None))
 
     def _grow(self, sequence: Sequence, batch: Batch) -> bool:
         """Make room for the sequence's next token; False when it had to give up its own pages."""
@@ -285,28 +224,8 @@ class Scheduler:
         """Take all pages back. The sequence goes on as soon as it fits again: first of its lane."""
         self.num_preemptions += 1
         sequence.num_preemptions += 1
-        self._give_up(sequence)
+        self.tables.give_up(sequence)
         self.slots.return_first(sequence)
-
-    def _give_up(self, sequence: Sequence) -> None:
-        """Its pages are needed: leave what they contain in host memory if that is worth it and fits, else nowhere."""
-        used = sequence.pages[: self.pool.pages_for(sequence.num_computed)]
-        copied = len(used) - sum(node.host is not None for node in sequence.nodes)
-        if used and self.costs.swaps(copied, sequence.num_computed):
-            copies = self.pool.swap_out(used, sequence.nodes)
-            if copies is not None:
-                self.pool.release(sequence.pages[len(used) :])
-                sequence.pages, sequence.host_pages = [], copies
-                self.num_swaps += 1
-                return
-        self._release(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages)
-        self.pool.host.release(sequence.host_pages)
-        sequence.pages, sequence.host_pages = [], []
-        sequence.nodes = []
-        sequence.num_computed = 0
 
     # --- commit
 
@@ -320,7 +239,7 @@ class Scheduler:
             # a row whose mask came too late did not sample: its last token is computed again with the mask
             late = row.samples and result.token_id is None
             sequence.num_computed += row.count - len(row.drafts) - late
-            self._remember(sequence)
+            self.tables.remember(sequence)
             self._charge(row)
             if row.prompt_logits:
                 known = len(sequence.prompt_logprobs) - row.start  # more than 0 when recomputed
@@ -360,7 +279,7 @@ class Scheduler:
         if drafts:
             self.drafter.learn(sequence.drafts, len(drafts), row.num_accepted)
             sequence.num_computed += row.num_accepted
-            self._remember(sequence)
+            self.tables.remember(sequence)
         if reason is None:
             return self._output(sequence, token_ids, logprobs=logprobs, num_drafted=len(drafts))
         if reason == "error":
@@ -391,9 +310,7 @@ class Scheduler:
         self.slots.remove(sequence)
         output = self._output(sequence, list(token_ids), logprobs=logprobs, finish_reason=reason,
                               usage=sequence.usage(self.clock()), **fields)
-        if self.disk is not None:
-            self.disk.save(sequence.nodes)
-        self._release(sequence)
+        self.tables.end(sequence)
         sequence.status = Status.FINISHED
         self.roster.leave(sequence)
         return output
@@ -423,7 +340,7 @@ class Scheduler:
 
     def reset(self) -> None:
         """Start the ledger anew, with every page blank. Only while nothing lives."""
-        self.pool = self.pool.anew()
+        self.tables.reset()
 
     def check(self) -> None:
         """Prove pages and lists consistent. Raises AssertionError."""
@@ -435,9 +352,6 @@ class Scheduler:
         for sequence in live:
             expected = Status.RUNNING if sequence in self.running else Status.QUEUED
             assert sequence.status is expected
-            assert not (sequence.pages and sequence.host_pages), "a sequence is in two places"
-            assert sequence.num_computed <= len(sequence.pages or sequence.host_pages) * self.pool.page_size
             assert bool(sequence.pages) is (sequence not in without)
         self.roster.check(live)
-        copies = [s.host_pages for s in live] + ([self.disk.held] if self.disk is not None else [])
-        self.pool.check([s.pages for s in live], copies)
+        self.tables.check(live)

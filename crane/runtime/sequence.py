@@ -1,9 +1,17 @@
 """One choice of one request on its way through the engine. Torch-free."""
 
 import enum
+import secrets
 import time
 
 from crane.runtime.types import Generate, SamplingParams, Usage
+
+
+# What deterministic requests add to their salt: pages that others computed may differ from theirs in the last
+# bits. Nobody else can give it.
+_DETERMINISTIC = f"\0{secrets.token_hex(16)}"
+# Their prompts are computed in pieces that begin and end at multiples of so many tokens (or of a page).
+_FIXED_CHUNK = 128
 
 
 class Status(enum.Enum):
@@ -39,7 +47,9 @@ class Sequence:
         self.host_pages: list[int] = []  # in host memory, which have what it had to give up its pages for
         self.nodes: list = []  # what the first of them contain, as `PagePool` remembers it
         self.disk_job = None  # `disk.Job` that reads pages it starts with; False: there are none
-        self.salt = request.cache_salt  # texts share pages only with texts of the same salt
+        self.deterministic = sampling.deterministic
+        # texts share pages only with texts of the same salt
+        self.salt = f"{request.cache_salt}{_DETERMINISTIC}" if self.deterministic else request.cache_salt
         self.num_cached = 0  # prompt tokens found in remembered pages when it first started
         self.leader: Sequence | None = None  # the first choice of the same request
         self.constraint = None  # `grammar.Constraint` on its tokens, when there is one
@@ -67,6 +77,23 @@ class Sequence:
     def num_wanted(self) -> int:
         """Tokens to compute before the next one can be sampled."""
         return len(self.token_ids) - self.num_computed
+
+    def next_count(self, limit: int, page_size: int) -> int:
+        """How many tokens to compute in one row, when `limit` may be: a deterministic sequence's rows are the same
+        every time, so it computes a past that was lost as it did then, what it wrote itself token by token."""
+        if not self.deterministic:
+            return min(self.num_wanted, limit)
+        if self.num_computed >= self.num_prompt:
+            return 1
+        chunk = max(_FIXED_CHUNK, page_size)
+        return min(self.num_computed // chunk * chunk + chunk, self.num_prompt) - self.num_computed
+
+    def num_shared(self, num_tokens: int, page_size: int) -> int:
+        """How many of the first `num_tokens`, whole pages, may be shared with others, either way."""
+        if not self.deterministic:
+            return num_tokens
+        chunk = max(_FIXED_CHUNK, page_size)
+        return min(num_tokens, self.num_prompt) // chunk * chunk
 
     @property
     def waits(self) -> bool:

@@ -136,6 +136,17 @@ class DiskLink:
         if self._reading:
             time.sleep(_POLL_S)
 
+    def settle(self) -> None:
+        """Wait for the disk's thread, and let go of every host page."""
+        for job in self._reads:
+            self._reading.pop(job)
+            for name, _, _ in job.pages:
+                del self._wanted[name]
+        while self._writing or self._reading:
+            self.poll()
+            time.sleep(_POLL_S)
+        self._outbox, self._reads = [], []
+
     def flush(self) -> None:
         """Forget all, on disk too."""
         self.pool.host.release([page for _, page in self._outbox])

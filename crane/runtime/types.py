@@ -56,6 +56,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     grammar: str | None = None
     thinking: Thinking | None = None
     num_draft_tokens: int | None = None  # guesses verified in one step, at most; 0: none; None: the server's setting
+    # in bfloat16, too, the same whatever runs beside it: computed in batches of a fixed shape (`runner`)
+    deterministic: bool = False
 
     @property
     def greedy(self) -> bool:

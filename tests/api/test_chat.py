@@ -211,7 +211,7 @@ def test_sampling_fields_reach_the_engine_as_given(client, say):
         "max_tokens": 7, "temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1.2,
         "frequency_penalty": -0.5, "presence_penalty": 0.25, "logit_bias": {"3": -100, "4": 5.5}, "seed": 42,
         "n": 2, "stop": "END", "stop_token_ids": [9], "min_tokens": 2, "ignore_eos": True,
-        "skip_special_tokens": False, "user": "u", "metadata": {"a": "b"}, "store": False,
+        "skip_special_tokens": False, "deterministic": True, "user": "u", "metadata": {"a": "b"}, "store": False,
         "service_tier": "auto", "safety_identifier": "s", "prompt_cache_key": "k", "verbosity": "medium",
         "parallel_tool_calls": True, "tools": None, "tool_choice": "none", "modalities": ["text"],
         "response_format": {"type": "text"},
@@ -224,6 +224,7 @@ def test_sampling_fields_reach_the_engine_as_given(client, say):
     assert (sampling.logit_bias, sampling.seed, sampling.n) == ({3: -100.0, 4: 5.5}, 42, 2)
     assert (sampling.stop, sampling.stop_token_ids) == (("END",), (9,))
     assert (sampling.min_tokens, sampling.ignore_eos, sampling.skip_special_tokens) == (2, True, False)
+    assert sampling.deterministic
     assert sampling.logprobs is None and not sampling.prompt_logprobs
 
 

@@ -101,7 +101,8 @@ def test_every_sampling_field_reaches_the_engine(client, say):
     params = {
         "max_new_tokens": 9, "temperature": 0.5, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "frequency_penalty": 1.0,
         "presence_penalty": -1, "repetition_penalty": 1.5, "min_new_tokens": 3, "stop": "end", "ignore_eos": True,
-        "stop_token_ids": [5], "skip_special_tokens": False, "logit_bias": {"3": -2.5}, "seed": 11,
+        "stop_token_ids": [5], "skip_special_tokens": False, "deterministic": True,
+        "logit_bias": {"3": -2.5}, "seed": 11,
     }  # fmt: skip
     assert here.post(PATH, {"text": "a", "sampling_params": params, "cache_salt": "s"}).status == 200
     (sent,) = here.link.opened
@@ -111,6 +112,7 @@ def test_every_sampling_field_reaches_the_engine(client, say):
     assert (sampling.repetition_penalty, sampling.min_tokens, sampling.stop) == (1.5, 3, ("end",))
     assert (sampling.ignore_eos, sampling.stop_token_ids, sampling.skip_special_tokens) == (True, (5,), False)
     assert (sampling.logit_bias, sampling.seed, sent.cache_salt) == ({3: -2.5}, 11, "s")
+    assert sampling.deterministic
 
 
 @pytest.mark.parametrize("params", [{"seed": 4}, {"sampling_seed": 4}, {"seed": 4, "sampling_seed": 4}])

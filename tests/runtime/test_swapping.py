@@ -67,14 +67,14 @@ def add(scheduler, rid, tokens, max_tokens, n=1, salt=""):
 def step(scheduler, memory):
     batch = scheduler.plan()
     memory.apply(batch.copies)
-    if scheduler.disk is not None:
-        scheduler.disk.hand_over()
+    if scheduler.tables.disk is not None:
+        scheduler.tables.disk.hand_over()
     for row in batch.rows:
         memory.compute(row)
     outputs = scheduler.commit(batch, [Picked(token_for(row.sequence) if row.samples else None) for row in batch.rows])
-    if scheduler.disk is not None:
+    if scheduler.tables.disk is not None:
         memory.apply(scheduler.pool.due_copies())
-        scheduler.disk.hand_over()
+        scheduler.tables.disk.hand_over()
     scheduler.check()
     return batch, outputs
 
@@ -99,7 +99,7 @@ def test_swapped_sequences_go_on_where_they_were_and_nothing_is_computed_twice()
     sequences = [add(scheduler, rid, [i] * 6, 20)[0] for i, rid in enumerate("abcd")]
     # every token but the last one is computed once
     assert drain(scheduler, memory) == 4 * (6 + 20 - 1)
-    assert scheduler.num_swaps > 0 and scheduler.num_swaps == scheduler.num_preemptions
+    assert scheduler.tables.num_swaps > 0 and scheduler.tables.num_swaps == scheduler.num_preemptions
     assert [s.num_output for s in sequences] == [20] * 4
     assert scheduler.pool.host.num_free == 32
 
@@ -109,7 +109,7 @@ def test_what_does_not_fit_into_host_memory_is_recomputed():
     for i, rid in enumerate("abcd"):
         add(scheduler, rid, [i] * 6, 20)
     assert drain(scheduler, memory) > 4 * (6 + 20 - 1)
-    assert scheduler.num_preemptions > scheduler.num_swaps
+    assert scheduler.num_preemptions > scheduler.tables.num_swaps
 
 
 def test_a_prefix_that_had_to_give_way_is_not_computed_again():
@@ -120,7 +120,7 @@ def test_a_prefix_that_had_to_give_way_is_not_computed_again():
     assert all(node.page is None for node in scheduler.pool.match(first))
     (again,) = add(scheduler, "c", first, 1)
     assert drain(scheduler, memory) == 1
-    assert (again.num_cached, scheduler.num_host_tokens) == (16, 16)
+    assert (again.num_cached, scheduler.tables.num_host_tokens) == (16, 16)
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
@@ -183,6 +183,11 @@ class FakeDisk:
         self.finished.append(job)
 
 
+def connect(scheduler, memory, disk):
+    pool, tables = scheduler.pool, scheduler.tables
+    tables.disk = DiskLink(pool, disk, tables.costs, lambda page: memory.places[pool.num_pages + page])
+
+
 class SwappingMachine(RuleBasedStateMachine):
     """Random requests on a scheduler with too few pages and a little host memory."""
 
@@ -196,11 +201,10 @@ class SwappingMachine(RuleBasedStateMachine):
         self.scheduler, self.memory = make(8, slots, "swap" if policy == "mixed" else policy, prefix_cache=cache)
         self.disk = FakeDisk() if disk else None
         if disk:
-            self.scheduler.disk = DiskLink(self.scheduler.pool, self.disk, self.scheduler.costs,
-                                           lambda page: self.memory.places[8 + page])
+            connect(self.scheduler, self.memory, self.disk)
         if policy == "mixed":
             toss = random.Random(slots)
-            self.scheduler.costs.swaps = lambda pages, tokens: toss.random() < 0.5
+            self.scheduler.tables.costs.swaps = lambda pages, tokens: toss.random() < 0.5
 
     @rule(start=st.integers(0, 2), length=st.integers(1, 20), output=st.integers(1, 11), n=st.integers(1, 3),
           salt=st.sampled_from(["", "", "x"]))
@@ -240,7 +244,7 @@ class SwappingMachine(RuleBasedStateMachine):
             drain(self.scheduler, self.memory, self.disk)
             pool = self.scheduler.pool
             if self.disk:
-                self.scheduler.disk.poll()
+                self.scheduler.tables.disk.poll()
                 self.scheduler.check()
             assert (pool.num_free, pool.host.num_free) == (8, pool.host.size)
 
@@ -254,7 +258,7 @@ def test_a_long_random_life_under_pressure_uses_every_tier_and_confuses_none(see
     rng = random.Random(seed)
     scheduler, memory = make(num_pages=10, num_host_pages=rng.choice([8, 16, 24]), policy="swap")
     disk = FakeDisk()
-    scheduler.disk = DiskLink(scheduler.pool, disk, scheduler.costs, lambda page: memory.places[10 + page])
+    connect(scheduler, memory, disk)
     for number in range(1500):
         kind = rng.random()
         live = scheduler.find(None)
@@ -271,7 +275,8 @@ def test_a_long_random_life_under_pressure_uses_every_tier_and_confuses_none(see
             step(scheduler, memory)
         scheduler.check()
     drain(scheduler, memory, disk)
-    scheduler.disk.poll()
+    scheduler.tables.disk.poll()
     scheduler.check()
     assert (scheduler.pool.num_free, scheduler.pool.host.num_free) == (10, scheduler.pool.host.size)
-    assert scheduler.num_swaps > 20 and scheduler.num_host_tokens > 0 and scheduler.num_disk_tokens > 0
+    tables = scheduler.tables
+    assert tables.num_swaps > 20 and tables.num_host_tokens > 0 and tables.num_disk_tokens > 0
