@@ -100,7 +100,7 @@ class Planes:
         return self.codes, self.high, self.scales, self.more
 
 
-def pack(weight: BlockWeight) -> Planes:
+def pack_planes(weight: BlockWeight) -> Planes:
     """Re-pack a weight, on its own device. Its kind must be one of PLANE_FORMATS."""
     num_rows, width = weight.shape
     step = max(1, _PIECE // width)
@@ -164,7 +164,7 @@ def _split(merged: Tensor, bits: int) -> Tensor:
 
 
 def unpack_planes(planes: Planes, rows: Tensor | slice = slice(None)) -> Codes:
-    """The fields of the blocks of some rows, blocks in order: the inverse of `pack`.
+    """The fields of the blocks of some rows, blocks in order: the inverse of `pack_planes`.
 
     rows: int64 [num_rows], or a slice.
     """

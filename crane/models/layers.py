@@ -8,8 +8,11 @@ from torch import Tensor
 
 from crane.kernels.activation import silu_mul
 from crane.kernels.attention import paged_attention
+from crane.kernels.gguf_embedding import gguf_embedding
+from crane.kernels.gguf_linear import gguf_linear
 from crane.kernels.norm import rms_norm
 from crane.kernels.packed import PackedLinear
+from crane.kernels.planes import Planes
 from crane.kernels.qkv_post import qkv_post
 from crane.kernels.rope import rope_tables
 from crane.models.config import ModelConfig, RopeConfig
@@ -50,32 +53,54 @@ def _can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
+class QuantisedLinear:
+    """y = x @ weight.T + bias on a GPU, weights in GGUF blocks, one below the other, of one type or of several."""
+
+    def __init__(self, parts: list[Planes], bias: Tensor | None = None):
+        """bias: [out_features] of all parts."""
+        sizes = [part.shape[0] for part in parts]
+        self.parts = list(zip(parts, [None] * len(parts) if bias is None else bias.split(sizes), strict=True))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [num_rows, in_features]. Returns [num_rows, out_features]."""
+        found = [gguf_linear(x, planes, bias) for planes, bias in self.parts]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
 def load_linear(
     weights: Weights, names: list[str], rows: list[int], columns: int, bias: bool
-) -> Linear | PackedLinear:
+) -> Linear | PackedLinear | QuantisedLinear:
     """One product with the weights called `names`, stacked along the output.
 
     rows: output features of each. bias: whether each also has a bias.
     """
     matrices, shapes = [f"{name}.weight" for name in names], [(count, columns) for count in rows]
     stacked = weights.rows([f"{name}.bias" for name in names], [(count,) for count in rows]) if bias else None
+    if planes := weights.planes(matrices, shapes):
+        return QuantisedLinear(planes, stacked)
     if parts := weights.packed(matrices, shapes):
         return PackedLinear(parts, stacked)
     return Linear(weights.rows(matrices, shapes), stacked)
 
 
 class Embedding:
-    """Rows of a table, one per token id. Either `weight` has the table or `packed` does."""
+    """Rows of a table, one per token id. One of `weight`, `packed` and `planes` has the table."""
 
     def __init__(self, weights: Weights, config: ModelConfig, name: str):
         names, shapes = [f"{name}.weight"], [(config.vocab_size, config.hidden_size)]
         self.dtype = weights.dtype
-        parts = weights.packed(names, shapes)
-        self.packed = parts[0] if parts else None
-        self.weight = None if parts else weights.rows(names, shapes)
+        self.planes = self.packed = self.weight = None
+        if planes := weights.planes(names, shapes):
+            self.planes = planes[0]
+        elif parts := weights.packed(names, shapes):
+            self.packed = parts[0]
+        else:
+            self.weight = weights.rows(names, shapes)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """token_ids: int64 [num_tokens]. Returns [num_tokens, hidden]."""
+        if self.planes:
+            return gguf_embedding(token_ids, self.planes, self.dtype)
         if self.packed:
             return self.packed.rows(token_ids, self.dtype)
         return F.embedding(token_ids, self.weight)
@@ -168,10 +193,12 @@ class LMHead:
     """Scores of the whole vocabulary; the embedding's own rows when the config ties them."""
 
     def __init__(self, weights: Weights, config: ModelConfig, embedding: Embedding):
-        if config.tie_word_embeddings:
-            self.linear = PackedLinear([embedding.packed]) if embedding.packed else Linear(embedding.weight)
-        else:
+        if not config.tie_word_embeddings:
             self.linear = load_linear(weights, ["lm_head"], [config.vocab_size], config.hidden_size, False)
+        elif embedding.planes:
+            self.linear = QuantisedLinear([embedding.planes])
+        else:
+            self.linear = PackedLinear([embedding.packed]) if embedding.packed else Linear(embedding.weight)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden: [num_rows, hidden]. Returns float32 [num_rows, vocab_size]."""

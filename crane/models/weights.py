@@ -5,6 +5,7 @@ into the tensor that the model keeps. Pieces are small enough to stay in a core'
 and the only memory beside the result.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +18,11 @@ import torch
 from torch import Tensor
 
 from crane.errors import ModelError
+from crane.kernels import lang
+from crane.kernels.blocks import BlockWeight
+from crane.kernels.gguf_linear import gguf_linear
 from crane.kernels.packed import PANEL_ROWS, PackedWeight, can_pack, is_packable, pack
+from crane.kernels.planes import PLANE_FORMATS, Planes, pack_planes
 from crane.models.files import Checkpoint, TensorInfo
 from crane.models.gguf_header import BLOCK_TYPES, show
 from crane.models.shape import ModelConfig
@@ -112,6 +117,25 @@ class Weights:
             num_rows = sum(info.shape[0] for _, info in run)
             pieces = (piece for name, info in run for piece in self._pieces(kind, name, info))
             found.append(pack(kind, num_rows, shapes[0][1], pieces))
+        return found
+
+    def planes(self, names: list[str], shapes: list[tuple[int, ...]]) -> list[Planes] | None:
+        """What `rows` gives, in GGUF blocks that stay quantised on a GPU: one weight for each run of tensors of one
+        type, on the device.
+
+        None where the Triton kernels do not run or cannot take one of the types; then nothing was read. Raises
+        ModelError as `rows` does.
+        """
+        infos = [self._find(name, tuple(shape)) for name, shape in zip(names, shapes, strict=True)]
+        wanted = self.device.type == "cuda" or gguf_linear.mode == "triton"
+        if gguf_linear.mode == "torch" or not wanted or lang.missing(self.device):
+            return None
+        if any(info.dtype not in PLANE_FORMATS for info in infos):
+            return None
+        found = []
+        for kind, run in itertools.groupby(zip(names, infos, strict=True), key=lambda each: each[1].dtype):
+            pieces = [piece.to(self.device) for name, info in run for piece in self._pieces(kind, name, info)]
+            found.append(pack_planes(BlockWeight(kind, torch.cat(pieces))))
         return found
 
     def _pieces(self, kind: str, name: str, info: TensorInfo) -> Iterator[Tensor]:

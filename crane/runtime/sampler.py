@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from crane.kernels import sampling as kernels
+from crane.kernels.draw import sample, uniforms
 from crane.runtime.sequence import Sequence
 from crane.runtime.types import TokenLogprob
 
@@ -75,7 +76,7 @@ class Sampler:
         if all(s.sampling.greedy for s in sequences):
             drawn = logits.argmax(-1)
         else:
-            drawn = kernels.sample(logits, **self._parameters(sequences, ahead))
+            drawn = sample(logits, **self._parameters(sequences, ahead))
         return drawn.tolist(), self._logprobs(raw, drawn, sequences)
 
     def prompt_logprobs(self, logits: Tensor, chosen: list[int], sequence: Sequence) -> list[TokenLogprob]:
@@ -88,15 +89,15 @@ class Sampler:
     def _parameters(self, sequences: list[Sequence], ahead: list) -> dict[str, Tensor]:
         params = [s.sampling for s in sequences]
         place = {"device": self.device}
-        seeds = torch.tensor([s.seed for s in sequences], dtype=torch.int64)
-        choices = torch.tensor([s.index for s in sequences])
-        positions = torch.tensor([len(s.token_ids) + len(more) for s, more in zip(sequences, ahead)])
+        seeds = torch.tensor([s.seed for s in sequences], dtype=torch.int64, **place)
+        choices = torch.tensor([s.index for s in sequences], **place)
+        positions = torch.tensor([len(s.token_ids) + len(more) for s, more in zip(sequences, ahead)], **place)
         return {
             "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32, **place),
             "top_k": torch.tensor([p.top_k for p in params], dtype=torch.int64, **place),
             "top_p": torch.tensor([p.top_p for p in params], dtype=torch.float32, **place),
             "min_p": torch.tensor([p.min_p for p in params], dtype=torch.float32, **place),
-            "uniform": kernels.uniforms(seeds, choices, positions).to(self.device),
+            "uniform": uniforms(seeds, choices, positions),
         }
 
     def _penalise(self, logits: Tensor, sequences: list[Sequence], ahead: list) -> None:

@@ -6,7 +6,7 @@ import torch
 from crane.kernels import gguf_linear as linear
 from crane.kernels.blocks import dequantize
 from crane.kernels.gguf_embedding import gguf_embedding
-from crane.kernels.planes import PLANE_FORMATS, pack, random_planes
+from crane.kernels.planes import PLANE_FORMATS, pack_planes, random_planes
 from tests.kernels.test_blocks import random_blocks
 
 
@@ -15,7 +15,7 @@ def test_embeddings_are_the_dequantised_rows_bit_for_bit(kind):
     weight = random_blocks(kind, 11, 2)
     ids = torch.tensor([10, 0, 3, 3])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert torch.equal(gguf_embedding.triton(ids, pack(weight), dtype), dequantize(weight, dtype)[ids])
+        assert torch.equal(gguf_embedding.triton(ids, pack_planes(weight), dtype), dequantize(weight, dtype)[ids])
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_K", "Q6_K"])
