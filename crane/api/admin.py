@@ -11,8 +11,9 @@ from crane import __version__
 from crane.api import sglang
 from crane.api.bodies import invalid
 from crane.api.endpoint import Answer, Context, Endpoint, Question, Reply, Request
+from crane.api.errors import error_reply
 from crane.api.sglang_bodies import AbortBody
-from crane.errors import EngineError
+from crane.errors import EngineError, RequestError
 from crane.runtime.settings import Settings
 
 PROBE_S = 30.0
@@ -42,6 +43,8 @@ def health_generate(context: Context, request: Request) -> Answer:
 
 def probe_failed(error: Exception) -> Reply:
     """How /health_generate says that the engine did not answer."""
+    if isinstance(error, RequestError):  # no probe at all
+        return error_reply(error)
     reason = str(error) if isinstance(error, EngineError) else "internal error"
     return Reply(_json({"status": "failed", "reason": reason}), 503, {"Retry-After": "2"})
 

@@ -116,6 +116,11 @@ def test_unknown_route_is_404_in_openais_shape(client):
     assert "/v2/nothing" in response.json()["error"]["message"]
 
 
+def test_wrong_method_of_a_probe_says_nothing_of_the_engine(client):
+    for path in ("/health", "/health_generate", "/generate", "/flush_cache", "/abort_request"):
+        assert client().request("PATCH", path).status == 405
+
+
 @pytest.mark.parametrize("method, path, status, kind", [
     ("GET", "/v1/messages", 405, "invalid_request_error"), ("POST", "/v1/messages/batches", 404, "not_found_error"),
     ("PATCH", "/v1/messages/count_tokens", 405, "invalid_request_error"),
