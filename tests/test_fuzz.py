@@ -10,7 +10,7 @@ import pytest
 
 from tests.fuzzing import CORPUS, TARGETS, seeds
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "1.2"))  # of CPU time for each target
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "0.7"))  # of CPU time for each target
 LIMIT_S = 15.0  # of CPU time for one input; a template may take ten
 BYTES = [0, 1, 0x7F, 0x80, 0xFF, *b'"{}[]:,\\ \n0123456789-e.tfn%<>|']
 VALUES = [None, True, False, 0, 1, -1, 0.5, 1e308, float("nan"), 2**63, 2**70, 10**400, "", "a", "\ud800", "1", [], [1],

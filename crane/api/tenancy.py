@@ -67,7 +67,7 @@ def parse_keys(lines: Iterable[str], source: str) -> list[tuple[str, Tenant]]:
     found: list[tuple[str, Tenant]] = []
     by_name: dict[str, Tenant] = {}
     for line in lines:
-        words = line.split()
+        words = line.partition(" #")[0].split()
         if not words:
             continue
         number = len(found) + 1

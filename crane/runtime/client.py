@@ -328,7 +328,7 @@ class Link:
     async def _start_engine(self, fd: int, record: launch.Record) -> _Connection | None:
         """Start it and wait until it listens. Holding the lock `fd`, so that nobody starts a second one."""
         self._engine = launch.spawn(self.settings, self._place, self._command)
-        record.pid, record.started_s = self._engine.pid, time.time()
+        record.pid, record.started_s = self._engine.pid, time.monotonic()
         launch.write_record(fd, record)
         threading.Thread(target=self._engine.wait, daemon=True).start()  # else it would stay a zombie
         deadline = asyncio.get_running_loop().time() + launch.BIND_S

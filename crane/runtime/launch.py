@@ -52,8 +52,9 @@ API_SETTINGS = frozenset(
 class Record(msgspec.Struct):
     """What is known about this engine's starts.
 
-    was_ready: it has been ready once. attempts: starts since it was last ready; pid and started_s (Unix
-    time): of the last of them. reason: why the last one failed, as far as it could say.
+    was_ready: it has been ready once. attempts: starts since it was last ready; pid and started_s (on the
+    clock that never steps, the same for all processes): of the last of them.
+    reason: why the last one failed, as far as it could say.
     """
 
     was_ready: bool = False
@@ -65,7 +66,7 @@ class Record(msgspec.Struct):
     @property
     def starting(self) -> bool:
         """Somebody started an engine that may yet listen, and was killed while waiting for that."""
-        return self.pid > 0 and time.time() - self.started_s < BIND_S and alive(self.pid)
+        return self.pid > 0 and 0 <= time.monotonic() - self.started_s < BIND_S and alive(self.pid)
 
     @property
     def exhausted(self) -> bool:

@@ -38,7 +38,8 @@ def talk(model, text="hello there"):
 
 
 def test_keys_have_names_and_limits_and_one_name_is_one_tenant():
-    keys = Keys(parse_keys(["sk-1 name=alice rpm=5 tpm=100 concurrent=2", "sk-2 concurrent=2 tpm=100 rpm=5 name=alice",
+    keys = Keys(parse_keys(["sk-1 name=alice rpm=5 tpm=100 concurrent=2 # a",
+                            "sk-2 concurrent=2 tpm=100 rpm=5 name=alice",
                             "sk-3", "sk-4 rpm=1"], "here"))  # fmt: skip
     alice = keys.find("sk-1")
     assert (alice.name, alice.rpm, alice.tpm, alice.concurrent) == ("alice", 5, 100, 2) and keys.find("sk-2") == alice

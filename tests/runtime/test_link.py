@@ -572,7 +572,7 @@ def test_an_engine_that_is_still_starting_is_waited_for(scene):
     async def script():
         starting = subprocess.Popen(["sleep", "600"])
         with launch.locked(scene.place) as fd:
-            launch.write_record(fd, launch.Record(True, 0, pid=starting.pid, started_s=time.time()))
+            launch.write_record(fd, launch.Record(True, 0, pid=starting.pid, started_s=time.monotonic()))
         link = scene.link()
         link.start()
         await asyncio.sleep(0.5)
