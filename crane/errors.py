@@ -31,7 +31,7 @@ class EngineError(CraneError):
     """The engine did not take or finish a request.
 
     code: "queue_full" | "rate_limited" (429), "loading" | "draining" | "stuck" | "lost" | "failed" (503),
-        "duplicate_rid" | "too_long" | "bad_request" (400), "internal" (500), "timeout" (504).
+        "duplicate_rid" | "too_long" | "bad_request" (400), "not_found" (404), "internal" (500), "timeout" (504).
     retry_after_s: seconds after which a retry makes sense, or None.
     """
 

@@ -31,8 +31,8 @@ TORCH_FREE = [
     "crane.runtime.types", "crane.runtime.settings", "crane.runtime.wire", "crane.runtime.client", "crane.runtime.text",
     "crane.runtime.scheduler", "crane.runtime.sequence", "crane.runtime.pages", "crane.runtime.batch",
     "crane.runtime.policy", "crane.runtime.slots", "crane.runtime.roster", "crane.runtime.forecast",
-    "crane.runtime.drafts", "crane.runtime.recovery",
-    "crane.runtime.ledger", "crane.runtime.costs", "crane.runtime.disk", "crane.runtime.tiers", "crane.runtime.tables",
+    "crane.runtime.drafts", "crane.runtime.recovery", "crane.runtime.ledger", "crane.runtime.costs",
+    "crane.runtime.disk", "crane.runtime.tiers", "crane.runtime.tables", "crane.runtime.journal",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "gguf", "safetensors", "triton")
 

@@ -15,7 +15,8 @@ import falcon
 import falcon.asgi
 
 from crane.api import (
-    admin, completions, embeddings, messages, metrics, openai, openapi, plan, responses, score, sglang, tokens,
+    admin, completions, embeddings, messages, metrics, openai, openapi, plan, responses, resumable, score, sglang,
+    tokens,
 )  # fmt: skip
 from crane.api.access import Access, AuditLog, WatchedBody, access_of
 from crane.api.access import log as access_log
@@ -41,6 +42,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *responses.ENDPOINTS,
     *sglang.ENDPOINTS,
     *plan.ENDPOINTS,
+    *resumable.ENDPOINTS,
     *admin.ENDPOINTS,
     *metrics.ENDPOINTS,
 )

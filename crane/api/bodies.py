@@ -129,6 +129,8 @@ class GenerateBody(QueuedBody):
     ebnf: str | None = None
     prompt_logprobs: NumTop | None = None
     return_token_ids: bool | None = None
+    # events of the stream are numbered, and another connection may go on with it: see GET /v1/streams/{id}
+    resumable: bool | None = None
     # tokens guessed and verified in one step, at most; 0 is off. What a grammar constrains is never guessed
     num_draft_tokens: Annotated[int, Meta(ge=0, le=64)] | None = None
     # the same bits whatever runs beside it, in bfloat16, too; slower, and nothing is guessed

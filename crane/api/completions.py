@@ -6,6 +6,7 @@ from crane.api.bodies import CompletionBody, decode, invalid
 from crane.api.endpoint import Context, Endpoint, Request
 from crane.api.generation import BaseGeneration, Choice, Prompt
 from crane.api.logprobs import LegacyLogprobs, prompt_logprobs, trimmed
+from crane.api.resumable import resumable
 from crane.api.sampling import check_choices, fit, sampling_params
 from crane.api.served import ServedModel
 from crane.api.sse import json_text
@@ -122,6 +123,7 @@ class CompletionGeneration(BaseGeneration):
         return {name: first[name] + rest[name] for name in first}
 
 
+@resumable("/v1/completions")
 def completions(context: Context, request: Request) -> CompletionGeneration:
     """POST /v1/completions: continue prompts. Text or token ids, one or several, without a template; one choice per
     prompt and n. With echo, logprobs and max_tokens 0 a prompt is scored and nothing generated."""

@@ -51,7 +51,7 @@ class AsgiResource(Resource):
         async def answer_of(site, req, resp, params) -> Reply | None:
             body = b"" if endpoint.method == "GET" else await _read_async(req, site.settings.max_body)
             context = site.context(endpoint.needs, tenant_of(req))
-            request = Request(endpoint.method, req.path, params, _query(req), body)
+            request = Request(endpoint.method, req.path, params, _query(req), body, _last_event_id(req))
             if len(body) > LONG_BODY_BYTES:
                 answer = await asyncio.to_thread(endpoint.run, context, request)
             else:
@@ -128,7 +128,7 @@ class WsgiResource(Resource):
     def _responder(self, endpoint: Endpoint, get_site: Callable):
         def answer_of(site, req, resp, params) -> Reply | None:
             body = b"" if endpoint.method == "GET" else _read_blocking(req, site.settings.max_body)
-            request = Request(endpoint.method, req.path, params, _query(req), body)
+            request = Request(endpoint.method, req.path, params, _query(req), body, _last_event_id(req))
             answer: Answer = endpoint.run(site.context(endpoint.needs, tenant_of(req)), request)
             if isinstance(answer, Question):
                 answer = answer.render(site.link.call(answer.op, answer.payload, answer.timeout_s))
@@ -276,7 +276,7 @@ async def _generate_async(link, generation: Generation, scope: dict, resp) -> Re
     """Runs a generation; None when `resp` streams it."""
     tether, access = scope["crane.tether"], scope["crane.access"]
     access.begins(generation)
-    stream = tether.hold(link.open(generation.requests))
+    stream = tether.hold(_opened(link, generation))
     await stream.accepted()  # so that a refusal still has a status of its own
     if generation.stream:
         resp.set_headers(sse.HEADERS)
@@ -294,7 +294,7 @@ def _generate_blocking(link, generation: Generation, environ: dict, resp) -> Rep
     """Runs a generation; None when `resp` streams it."""
     access: Access = environ["crane.access"]
     access.begins(generation)
-    stream = link.open(generation.requests)
+    stream = _opened(link, generation)
     client = WsgiClient(environ)
     streaming = False
     try:
@@ -313,6 +313,14 @@ def _generate_blocking(link, generation: Generation, environ: dict, resp) -> Rep
     finally:
         if not streaming:
             stream.close()
+
+
+def _opened(link, generation: Generation):
+    return (link.resume if getattr(generation, "resumes", False) else link.open)(generation.requests)
+
+
+def _last_event_id(req) -> str:
+    return req.get_header("last-event-id") or ""
 
 
 def tenant_of(req) -> str:

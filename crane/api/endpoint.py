@@ -30,6 +30,7 @@ class Request:
     params: Mapping[str, str]
     query: Mapping[str, str]
     body: bytes
+    last_event_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Question:
-    """A `Call` to the engine, answered within timeout_s. render: its payload -> Reply."""
+    """A `Call` to the engine, answered within timeout_s. render: its payload -> Reply or Generation."""
 
     op: str
-    render: Callable[[Any], Reply]
+    render: Callable[[Any], "Reply | Generation"]
     payload: Any = None
     timeout_s: float = 30.0
 
@@ -85,13 +86,15 @@ class Generation(Protocol):
 @dataclass(frozen=True)
 class Context:
     """What an endpoint may know. model: as this worker loaded it; state: the engine's latest. tenant: who asks, ""
-    without keys. any_length: prompts of any length are taken, as nothing will be computed."""
+    without keys. any_length: prompts of any length are taken, as nothing will be computed. identity: id and
+    time of the answer, when it is made again."""
 
     settings: Settings
     model: ServedModel
     state: State
     tenant: str = ""
     any_length: bool = False
+    identity: tuple[str, int] | None = None
 
     @property
     def max_model_len(self) -> int:

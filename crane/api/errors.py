@@ -17,6 +17,7 @@ _ENGINE = {
     "loading": _UNAVAILABLE,
     "draining": _UNAVAILABLE,
     "stuck": _UNAVAILABLE,
+    "not_found": (404, "invalid_request_error", "stream_not_found"),
     "lost": _UNAVAILABLE,
     "failed": _UNAVAILABLE,
     "duplicate_rid": (400, "invalid_request_error", "duplicate_rid"),

@@ -75,8 +75,8 @@ class BaseGeneration:
         self.model = context.model
         self.tokenizer = context.model.tokenizer
         self.prompts = prompts
-        self.id = self.id_prefix + uuid.uuid4().hex
-        self.created = int(time.time())
+        self.id, self.created = context.identity or (self.id_prefix + uuid.uuid4().hex, int(time.time()))
+        self.resumable = bool(body.resumable)
         self.stream = bool(body.stream)
         self.failed: EngineError | None = None
         options = body.stream_options

@@ -8,6 +8,7 @@ from crane.api.chat_prompt import PreparedChat, prepare_chat
 from crane.api.endpoint import Context, Endpoint, Reply, Request
 from crane.api.generation import BaseGeneration, Choice, Prompt
 from crane.api.logprobs import chat_logprobs, prompt_logprobs, trimmed
+from crane.api.resumable import resumable
 from crane.api.sampling import fit, sampling_params
 from crane.api.sse import json_text
 from crane.api.structured import response_constraint
@@ -140,6 +141,7 @@ class ChatGeneration(BaseGeneration):
         return extra
 
 
+@resumable("/v1/chat/completions")
 def chat_completions(context: Context, request: Request) -> ChatGeneration:
     """POST /v1/chat/completions: answer a chat. The messages go through the model's own template; tools, reasoning,
     response formats, log-probabilities and streams as in OpenAI's API, with vLLM's and SGLang's further parameters."""

@@ -47,7 +47,9 @@ def _generation(context: Context, request: Request) -> Generation:
     if kind is None and keys:
         raise RequestError(f"expected one of the fields {', '.join(_KINDS)}", code="missing_field")
     # a prompt that is too long is an answer here, not an error
-    return (kind or openai.chat_completions)(dataclasses.replace(context, any_length=True), request)
+    return (kind or openai.chat_completions)(
+        dataclasses.replace(context, any_length=True), dataclasses.replace(request, last_event_id="")
+    )
 
 
 def _summary(plans: list[dict], num_choices: list[int], context: Context) -> dict:

@@ -13,17 +13,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 from crane import __version__
 from crane.errors import EngineError, SettingsError
 from crane.runtime import launch
 from crane.runtime.settings import Settings
-from crane.runtime.stream import RETRY_S, Stream
+from crane.runtime.stream import RETRY_S, BlockingStream, Stream
 from crane.runtime.types import (
-    Abort, Accepted, Call, EngineInfo, Generate, Hello, Output, Rejected, Reply, State, Step,
+    Abort, Accepted, Call, EngineInfo, Generate, Hello, Leave, Rejected, Reply, Resume, State, Step,
 )
 from crane.runtime.wire import PROTOCOL, FrameReader, WireError, pack
 
@@ -141,6 +139,16 @@ class Link:
         self._streams.update(dict.fromkeys(rids, stream))
         return stream
 
+    def resume(self, requests: Sequence[Generate]) -> Stream:
+        """All outputs, from the first one, of requests in the journal, whoever sent them."""
+        if self.state.status != "draining":
+            self._check_ready()
+        for earlier in {self._streams[request.rid] for request in requests if request.rid in self._streams}:
+            earlier.hand_over()
+        stream = Stream(self, requests, [pack(Resume(request.rid)) for request in requests], len(requests))
+        self._streams.update(dict.fromkeys([request.rid for request in requests], stream))
+        return stream
+
     async def call(self, op: str, payload: Any = None, timeout_s: float = 30.0) -> Any:
         """Ask the engine. Raises EngineError: not ready, no answer in time, or the engine's own message."""
         if self.state.status not in ("ready", "draining"):
@@ -191,6 +199,11 @@ class Link:
         """The stream does not want the request any more."""
         if self._streams.pop(rid, None) is not None:
             self.abort(rid)
+
+    def leave(self, rid: str) -> None:
+        """The stream's client is gone, and may come back for the request."""
+        if self._streams.pop(rid, None) is not None and self._connection is not None:
+            self._connection.transport.write(pack(Leave(rid)))
 
     def ended(self, rid: str) -> None:
         self._streams.pop(rid, None)
@@ -383,9 +396,15 @@ class LinkThread:
     def ready(self, timeout_s: float) -> EngineInfo:
         return self._wait(self._link.ready(timeout_s))
 
-    def open(self, requests: Sequence[Generate]) -> "BlockingStream":
+    def open(self, requests: Sequence[Generate]) -> BlockingStream:
         async def on_loop():
             return self._link.open(requests)
+
+        return BlockingStream(self._wait(on_loop()), self._loop)
+
+    def resume(self, requests: Sequence[Generate]) -> BlockingStream:
+        async def on_loop():
+            return self._link.resume(requests)
 
         return BlockingStream(self._wait(on_loop()), self._loop)
 
@@ -397,44 +416,3 @@ class LinkThread:
 
     def _wait(self, coroutine) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-
-
-class BlockingStream:
-    """A Stream for one thread that waits."""
-
-    def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop):
-        self._stream = stream
-        self._loop = loop
-        self._next: Future | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self._stream.finished
-
-    def accepted(self, timeout_s: float | None = None) -> None:
-        """As `Stream.accepted`. Raises EngineError, also when the engine has not answered in time."""
-        answer = asyncio.run_coroutine_threadsafe(self._stream.accepted(), self._loop)
-        try:
-            answer.result(timeout_s)
-        except FutureTimeout:
-            self.close()
-            raise EngineError("internal", f"no answer within {timeout_s:g} s", RETRY_S) from None
-
-    def next(self, timeout_s: float | None = None) -> list[Output] | None:
-        """As `Stream.next`; None when nothing has come in time."""
-        if self._next is None:
-            self._next = asyncio.run_coroutine_threadsafe(self._stream.next(), self._loop)
-        try:
-            outputs = self._next.result(timeout_s)
-        except FutureTimeout:
-            return None  # and the next call waits on: what comes meanwhile is not lost
-        self._next = None
-        return outputs
-
-    def disconnect(self) -> None:
-        """From any thread: whoever waits in `next` gets []."""
-        self._loop.call_soon_threadsafe(self._stream.disconnect)
-
-    def close(self) -> None:
-        """Abort what is unfinished. Idempotent."""
-        self._loop.call_soon_threadsafe(self._stream.close)

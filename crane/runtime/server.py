@@ -22,7 +22,9 @@ from crane.errors import CraneError
 from crane.runtime import launch
 from crane.runtime.settings import Settings, prefer_waiting_threads
 from crane.runtime.stepper import Stepper
-from crane.runtime.types import Abort, Call, EngineInfo, Generate, Hello, Rejected, Reply, State
+from crane.runtime.types import (
+    Abort, Call, EngineInfo, Generate, Hello, Leave, Rejected, Reply, Resume, State,
+)  # fmt: skip
 from crane.runtime.wire import PROTOCOL, FrameReader, WireError, pack
 
 log = logging.getLogger("crane.engine")
@@ -171,12 +173,13 @@ class Server:
 
     def receive(self, peer: Peer, message) -> None:
         status = self.state.status
-        if isinstance(message, Generate) and status != "ready":
+        kept = isinstance(message, Resume) and status == "draining"
+        if isinstance(message, Generate | Resume) and status != "ready" and not kept:
             texts = {"loading": "the model is loading", "draining": "the server is stopping"}
             peer.send(Rejected(message.rid, status, texts.get(status, self.state.reason), 1.0))
         elif isinstance(message, Call) and status not in ("ready", "draining"):
             peer.send(Reply(message.id, error=f"the engine is {status}"))
-        elif isinstance(message, Generate | Abort | Call):
+        elif isinstance(message, Generate | Abort | Leave | Resume | Call):
             self._stepper.post(peer, message)
         else:
             raise WireError(f"unexpected {type(message).__name__}")

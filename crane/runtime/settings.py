@@ -96,6 +96,12 @@ class Settings:
     step_timeout_s: float = _setting(
         120.0, "seconds after which a step counts as stuck, and /health says so (0: never)", minimum=0
     )
+    journal_memory: int = _setting(
+        64 << 20, "memory for outputs of resumable streams (0: no stream is resumable)", minimum=0, kind="bytes"
+    )
+    journal_s: float = _setting(
+        60.0, "seconds a resumable stream goes on without its client, and is kept after its end", minimum=0
+    )
     linger_s: float = _setting(10.0, "seconds the engine outlives its last API worker", minimum=0)
     # API workers
     reasoning_field: str = _setting(

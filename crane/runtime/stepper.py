@@ -12,8 +12,11 @@ from typing import Any, Protocol
 import msgspec
 
 from crane.errors import CraneError
+from crane.runtime.journal import Journal
 from crane.runtime.settings import Settings
-from crane.runtime.types import Abort, Call, EngineInfo, Generate, Output, Rejected, Reply, Step
+from crane.runtime.types import (
+    Abort, Accepted, Call, EngineInfo, Generate, Leave, Output, Rejected, Reply, Resume, Step,
+)  # fmt: skip
 from crane.runtime.waiting import Waiting
 
 log = logging.getLogger("crane.engine")
@@ -22,6 +25,7 @@ log = logging.getLogger("crane.engine")
 MAX_BROKEN_STEPS = 5
 # After so long without work the engine proves that it has lost no page, once.
 IDLE_S = 1.0
+TAKEN = "the stream goes on over another connection"
 # What `post` carries when the loop wants the stepper to end once nothing runs.
 _DRAIN = object()
 
@@ -38,10 +42,11 @@ class Listener(Protocol):
 
 @dataclass
 class _Owner:
-    """Whose request it is and how many of its choices still run. Written by Stepper only."""
+    """Whose request it is (None: nobody's, for now) and how many of its choices still run. Written by Stepper only."""
 
     peer: Any
     num_open: int
+    num_choices: int
 
 
 class Stepper(threading.Thread):
@@ -60,12 +65,14 @@ class Stepper(threading.Thread):
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._owners: dict[str, _Owner] = {}
         self._waiting = Waiting()
+        self._journal = Journal(settings.journal_memory, settings.journal_s)
+        self._unheard: list[str] = []  # requests to end: nobody listens, and nobody can any more
         self._draining = False
         self._num_broken = 0
         self._checked = True  # nothing was computed since the ledger was checked
         self.step_since_s: float | None = None  # monotonic: since when the step under way runs; read by the loop
 
-    def post(self, peer: Any, message: Generate | Abort | Call | None) -> None:
+    def post(self, peer: Any, message: Generate | Abort | Leave | Resume | Call | None) -> None:
         """From any thread: a message of this peer, or None when the peer is gone."""
         self._inbox.put((peer, message))
 
@@ -96,6 +103,11 @@ class Stepper(threading.Thread):
     def _serve(self, engine) -> None:
         while not self._draining or engine.has_work or not self._inbox.empty():
             messages = self._take(engine)
+            if len(self._journal):
+                self._unheard += self._journal.expire()
+            for rid in self._unheard:
+                self._desert(engine, rid)
+            self._unheard.clear()
             messages += self._waiting.prepare(engine)
             self._deliver(messages)  # an answer need not wait for the step
             if engine.has_work:
@@ -128,6 +140,10 @@ class Stepper(threading.Thread):
                 self._draining = True
             elif isinstance(message, Abort):
                 answers += self._route(engine.abort(message.rid, message.index))
+            elif isinstance(message, Leave):
+                self._leave(engine, peer, message.rid)
+            elif isinstance(message, Resume):
+                answers += self._resume(peer, message.rid)
             elif isinstance(message, Call) and message.op == "abort":
                 answers += self._abort(engine, peer, message)
             elif isinstance(message, Call) and message.op in Waiting.OPS:
@@ -146,10 +162,14 @@ class Stepper(threading.Thread):
                 reason = f"the engine failed on this request: {type(error).__name__}"
                 return Rejected(message.rid, "internal", reason)
             if not isinstance(answer, Rejected):
-                self._owners[message.rid] = _Owner(peer, message.sampling.n)
+                self._owners[message.rid] = _Owner(peer, message.sampling.n, message.sampling.n)
+                if message.journal is not None:
+                    self._journal.open(message.rid, message.journal, message.sampling.n)
             return answer
         if message.op == "stats":
             return Reply(message.id, msgspec.to_builtins(engine.stats()))
+        if message.op == "journal":
+            return Reply(message.id, self._journal.note(message.payload))
         if message.op == "metrics":
             return Reply(message.id, engine.metrics())
         if message.op == "plan":
@@ -171,11 +191,38 @@ class Stepper(threading.Thread):
         return [*self._route(outputs), (peer, Reply(call.id, len({output.rid for output in outputs})))]
 
     def _forget(self, engine, peer) -> None:
-        """The peer is gone: end its requests."""
+        """The peer is gone: end its requests, but for those that somebody may resume."""
         self._waiting.forget(peer)
         for rid in [rid for rid, owner in self._owners.items() if owner.peer is peer]:
-            del self._owners[rid]
+            self._leave(engine, peer, rid)
+
+    def _leave(self, engine, peer, rid: str) -> None:
+        owner = self._owners.get(rid)
+        if owner is None or owner.peer is not peer:  # it has ended, or somebody else has resumed it
+            return
+        if rid in self._journal:
+            owner.peer = None
+            self._journal.leave(rid)
+        else:
+            self._desert(engine, rid)
+
+    def _desert(self, engine, rid: str) -> None:
+        if self._owners.pop(rid, None) is not None:
             engine.abort(rid)
+
+    def _resume(self, peer, rid: str) -> list[tuple]:
+        """Give this peer all that the request has had, and from now on what it gets; whoever had it is told."""
+        outputs = self._journal.resume(rid)
+        if outputs is None:
+            return [(peer, Rejected(rid, "not_found", f"the stream {rid} is not kept any more"))]
+        answers = [(peer, Accepted(rid)), (peer, Step(outputs))] if outputs else [(peer, Accepted(rid))]
+        owner = self._owners.get(rid)
+        if owner is not None:
+            if owner.peer is not None and owner.peer is not peer:
+                told = [Output(rid, i, [], finish_reason="error", error=TAKEN) for i in range(owner.num_choices)]
+                answers.append((owner.peer, Step(told)))
+            owner.peer = peer
+        return answers
 
     def _step(self, engine) -> list[Output]:
         self._checked = False
@@ -199,7 +246,12 @@ class Stepper(threading.Thread):
             owner = self._owners.get(output.rid)
             if owner is None:
                 continue
-            by_peer.setdefault(owner.peer, []).append(output)
+            if owner.peer is not None:
+                by_peer.setdefault(owner.peer, []).append(output)
+            if len(self._journal):
+                self._journal.add(output)
+                if owner.peer is None and output.rid not in self._journal:  # it has become too long to be kept
+                    self._unheard.append(output.rid)
             if output.finish_reason is not None:
                 owner.num_open -= 1
                 if not owner.num_open:

@@ -3,6 +3,8 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Protocol
 
 from crane.errors import EngineError
@@ -22,6 +24,9 @@ class Carrier(Protocol):
     def forget(self, rid: str) -> None:
         """The stream does not want the request any more."""
 
+    def leave(self, rid: str) -> None:
+        """The stream's client is gone, and may come back for the request."""
+
     def ended(self, rid: str) -> None:
         """The request has had its last output."""
 
@@ -37,6 +42,7 @@ class Stream:
         self._link = link
         self._open = {request.rid: set(range(request.sampling.n)) for request in requests}
         self._frames = {request.rid: (frame, request.sampling.n) for request, frame in zip(requests, frames)}
+        self._kept = {request.rid for request in requests if request.journal is not None}
         self._window = window
         self._num_sent = 0  # choices of requests that the engine has
         self._unsent = deque(self._open)
@@ -88,12 +94,22 @@ class Stream:
         self._wake()
 
     def close(self) -> None:
-        """Abort what is unfinished; `next` gives nothing more. Idempotent."""
+        """Abort what is unfinished and not in the journal; `next` gives nothing more. Idempotent."""
         for rid in self._open:
-            (self._link.ended if rid in self._unsent else self._link.forget)(rid)
+            if rid in self._unsent:
+                self._link.ended(rid)
+            elif rid in self._kept:
+                self._link.leave(rid)
+            else:
+                self._link.forget(rid)
         self._clear()
         self._outputs = []
         self._wake()
+
+    def hand_over(self) -> None:
+        """Another stream of this link has the requests now: end like one whose client is gone."""
+        self._clear()
+        self.disconnect()
 
     def take(self, message: Accepted | Rejected | Output) -> None:
         """From the link: something about one of this stream's requests."""
@@ -176,3 +192,44 @@ class Stream:
         self._fail(list(self._open), LOST)
         self._clear()
         self._wake()
+
+
+class BlockingStream:
+    """A Stream for one thread that waits."""
+
+    def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop):
+        self._stream = stream
+        self._loop = loop
+        self._next: Future | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self._stream.finished
+
+    def accepted(self, timeout_s: float | None = None) -> None:
+        """As `Stream.accepted`. Raises EngineError, also when the engine has not answered in time."""
+        answer = asyncio.run_coroutine_threadsafe(self._stream.accepted(), self._loop)
+        try:
+            answer.result(timeout_s)
+        except FutureTimeout:
+            self.close()
+            raise EngineError("internal", f"no answer within {timeout_s:g} s", RETRY_S) from None
+
+    def next(self, timeout_s: float | None = None) -> list[Output] | None:
+        """As `Stream.next`; None when nothing has come in time."""
+        if self._next is None:
+            self._next = asyncio.run_coroutine_threadsafe(self._stream.next(), self._loop)
+        try:
+            outputs = self._next.result(timeout_s)
+        except FutureTimeout:
+            return None  # and the next call waits on: what comes meanwhile is not lost
+        self._next = None
+        return outputs
+
+    def disconnect(self) -> None:
+        """From any thread: whoever waits in `next` gets []."""
+        self._loop.call_soon_threadsafe(self._stream.disconnect)
+
+    def close(self) -> None:
+        """Abort what is unfinished. Idempotent."""
+        self._loop.call_soon_threadsafe(self._stream.close)

@@ -125,6 +125,8 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
     priority: int = 0  # its class: lower ones run first
     tenant: str = ""  # whose it is: tenants share the engine fairly
     timeout_s: float | None = None  # after so long it ends, finished or not
+    # its outputs are kept for `Resume`, with this note for whoever resumes it
+    journal: bytes | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -137,11 +139,24 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     index: int | None = None
 
 
+class Leave(msgspec.Struct, frozen=True, array_like=True, tag="leave"):
+    """API to engine: nobody listens to this request any more; unless it is in the journal it ends."""
+
+    rid: str
+
+
+class Resume(msgspec.Struct, frozen=True, array_like=True, tag="resume"):
+    """API to engine: all outputs of this request, from its first one, come here from now on. Answered like Generate."""
+
+    rid: str
+
+
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
     """API to engine: a question, answered by `Reply` with the same id.
 
     op: "stats", "metrics", "plan" (payload: Generate messages; answered by a `Plan` of each), "abort" (payload: the
-    beginning of rids, None for all), or one of `waiting.Waiting`.
+    beginning of rids, None for all), "journal" (payload: a rid; answered by its note, or None), or one of
+    `waiting.Waiting`.
     """
 
     id: int
@@ -332,5 +347,5 @@ class EngineStats(msgspec.Struct):
     kernels: dict[str, str] = {}  # what each runs in, "triton" or "torch", and why not in Triton
 
 
-ToEngine = Hello | Generate | Abort | Call
+ToEngine = Hello | Generate | Abort | Leave | Resume | Call
 ToApi = State | Accepted | Rejected | Step | Reply

@@ -68,6 +68,7 @@ class FakeLink:
     state: State = READY
     blocking: bool = False
     opened: list[Generate] = field(default_factory=list)
+    resumed: list[Generate] = field(default_factory=list)
     aborted: list[tuple] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     calls: list = field(default_factory=list)
@@ -81,6 +82,10 @@ class FakeLink:
 
     def open(self, requests):
         self.opened += requests
+        return (BlockingStream if self.blocking else AsyncStream)(self, requests)
+
+    def resume(self, requests):
+        self.resumed += requests
         return (BlockingStream if self.blocking else AsyncStream)(self, requests)
 
     def abort(self, rid, index=None):
