@@ -99,6 +99,9 @@ class FakeEngine:
                 del self.running[rid, index]
         return outputs
 
+    def prepare(self) -> bool:
+        return False
+
     def check(self) -> None:
         with open(self.folder / "checks", "a") as checks:
             checks.write(f"{len(self.running)}\n")

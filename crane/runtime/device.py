@@ -1,12 +1,13 @@
 """Which device and number type a model runs in, and how many KV pages fit beside it."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 import torch
 
 from crane.errors import SettingsError
-from crane.kernels import native
+from crane.kernels import lang, native
 from crane.models.config import ModelConfig
 from crane.runtime.kv_cache import page_bytes
 from crane.runtime.settings import Settings, cache_dir, num_cores
@@ -18,6 +19,8 @@ _GPU_SHARE = 0.9
 # The same of host memory, for pages that give way.
 _HOST_SHARE_CPU = 0.25
 _HOST_SHARE_GPU = 0.5
+# Tokens in a page unless --page-size says otherwise.
+_CPU_PAGE, _GPU_PAGE = 16, 64
 # Files of pages pass through host memory, a part of it at a time.
 _MIN_HOST_PAGES = 16
 
@@ -33,6 +36,14 @@ def pick_device(settings: Settings) -> torch.device:
     return torch.device("cpu")
 
 
+def pick_page_size(settings: Settings, device: torch.device) -> Settings:
+    """The settings with --page-size filled in: on a GPU a tile of attention's work should lie in one page; elsewhere
+    small pages waste less and share more."""
+    if settings.page_size:
+        return settings
+    return dataclasses.replace(settings, page_size=_GPU_PAGE if device.type == "cuda" else _CPU_PAGE)
+
+
 def pick_dtype(settings: Settings, device: torch.device, checkpoint_dtype: str) -> torch.dtype:
     """--dtype, or: the checkpoint's own on a GPU (bfloat16 for float32 ones); on a CPU bfloat16 where
     it multiplies bfloat16 in hardware, else float32."""
@@ -42,6 +53,17 @@ def pick_dtype(settings: Settings, device: torch.device, checkpoint_dtype: str) 
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
     return torch.float16 if checkpoint_dtype == "float16" else torch.bfloat16
+
+
+def pick_kv_dtype(settings: Settings, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """--kv-dtype, or the compute type. Raises SettingsError where the kernels cannot read float8."""
+    if settings.kv_dtype == "auto":
+        return dtype
+    if reason := lang.missing(device):
+        raise SettingsError(f"--kv-dtype fp8: {reason}")
+    if not lang.has_fp8():
+        raise SettingsError("--kv-dtype fp8: this GPU knows no float8; it takes one of compute capability 8.9 or later")
+    return torch.float8_e4m3fn
 
 
 def set_threads(settings: Settings) -> None:

@@ -1,5 +1,6 @@
 """Computes a batch: rows -> tensors -> model -> logits of the rows that want them -> picked tokens."""
 
+import itertools
 import time
 import weakref
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from crane.models.context import ForwardContext
 from crane.runtime.batch import Batch, Picked, Row
 from crane.runtime.grammar import Constraint
+from crane.runtime.graphs import DecodeGraphs
 from crane.runtime.sampler import Sampler
 from crane.runtime.sequence import Sequence
 from crane.runtime.types import TokenLogprob
@@ -26,10 +28,12 @@ class ModelRunner:
     """One model, its KV pages and a sampler.
 
     kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]. vocab_size: ids that may be drawn.
+    graphs: compute the steps that they can take.
     """
 
-    def __init__(self, model, kv: Tensor, vocab_size: int):
+    def __init__(self, model, kv: Tensor, vocab_size: int, graphs: DecodeGraphs | None = None):
         self.model = model
+        self.graphs = graphs
         self.kv = kv
         self.page_size = kv.shape[3]
         self.device = kv.device
@@ -49,34 +53,34 @@ class ModelRunner:
         """One forward pass. fixed: rows of deterministic sequences; several are filled up to `_FIXED_ROWS` by
         computing the last again, so that no product's shape depends on who is there."""
         filled = rows + rows[-1:] * (_FIXED_ROWS - len(rows)) if fixed and rows[0].count == 1 else rows
-        context = self._context(filled)
         constrained = _start_masks(rows)  # computed on other threads meanwhile
-        token_ids = []
-        for row in filled:
-            token_ids += row.sequence.token_ids[row.start : row.start + row.count]
-            token_ids += row.drafts
-        hidden = self.model(self._ints(token_ids), context)  # [num_tokens, hidden]
+        *starts, _ = 0, *itertools.accumulate(row.count for row in filled)
+        step = self.graphs.step_for(rows) if self.graphs is not None and not fixed else None
+        hidden = self._hidden(filled, starts) if step is None else step.run(rows)  # [num_tokens, hidden]
         picked = [Picked() for _ in rows]
-        for index, row in enumerate(rows):
+        for row, found, first in zip(rows, picked, starts):
             if row.sequence.pooling:
-                first = context.query_starts[index]
-                picked[index].embedding = self._pool(row, hidden[first : first + row.count])
+                found.embedding = self._pool(row, hidden[first : first + row.count])
             if row.prompt_logits:
-                first = context.query_starts[index]
-                picked[index].prompt_logprobs = self._prompt_logprobs(row, hidden[first : first + row.count])
-        if fixed:
-            self._draw_fixed(rows, context, hidden, constrained, picked)
-        else:
-            self._draw(rows, context, hidden, constrained, picked)
+                found.prompt_logprobs = self._prompt_logprobs(row, hidden[first : first + row.count])
+        ends = [start + row.count for row, start in zip(filled, starts)]
+        (self._draw_fixed if fixed else self._draw)(rows, ends, hidden, constrained, picked)
         return picked
 
-    def _draw_fixed(self, rows: list[Row], context: ForwardContext, hidden: Tensor, constrained: dict[int, Constraint],
+    def _hidden(self, rows: list[Row], query_starts: list[int]) -> Tensor:
+        """The model's hidden states of all tokens of these rows: [num_tokens, hidden]."""
+        token_ids = []
+        for row in rows:
+            token_ids += row.sequence.token_ids[row.start : row.start + row.count]
+            token_ids += row.drafts
+        return self.model(self._ints(token_ids), self._context(rows, query_starts))
+
+    def _draw_fixed(self, rows: list[Row], ends: list[int], hidden: Tensor, constrained: dict[int, Constraint],
                     picked: list[Picked]) -> None:
         """`_draw` of deterministic rows, which have no drafts: the logits of all together, the draws one by one."""
         if not any(row.samples for row in rows):
             return
-        ends = [start + count - 1 for start, count in zip(context.query_starts, context.query_lens)]
-        logits = self.model.logits(hidden[self._ints(ends)])
+        logits = self.model.logits(hidden[self._ints([end - 1 for end in ends])])
         masks = _take_masks(constrained)
         for i, row in enumerate(rows):
             if row.samples and masks.get(i, 0) is not None:
@@ -84,18 +88,18 @@ class ModelRunner:
                 drawn, logprobs = self.sampler.pick(logits[i : i + 1], [row.sequence], mask, [()])
                 picked[i].token_id, picked[i].logprob = drawn[0], logprobs[0]
 
-    def _draw(self, rows: list[Row], context: ForwardContext, hidden: Tensor, constrained: dict[int, Constraint],
+    def _draw(self, rows: list[Row], ends: list[int], hidden: Tensor, constrained: dict[int, Constraint],
               picked: list[Picked]) -> None:
         """The next token of each row that samples, and one behind each of its drafts, into `picked`.
 
-        hidden: [num_tokens, hidden].
+        hidden: [num_tokens, hidden]. ends: where each row's tokens end in it.
         """
         # (row, how many of its drafts come before)
         sampling = [(i, ahead) for i, row in enumerate(rows) if row.samples for ahead in range(len(row.drafts) + 1)]
         if not sampling:
             return
-        ends = [start + row.count - len(row.drafts) for start, row in zip(context.query_starts, rows)]
-        logits = self.model.logits(hidden[self._ints([ends[i] - 1 + ahead for i, ahead in sampling])])
+        first = [end - len(row.drafts) - 1 for end, row in zip(ends, rows)]
+        logits = self.model.logits(hidden[self._ints([first[i] + ahead for i, ahead in sampling])])
         masks = _take_masks(constrained)
         late = [masks.get(i, 0) is None for i, _ in sampling]
         if any(late):
@@ -115,10 +119,9 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _context(self, rows: list[Row]) -> ForwardContext:
-        positions, slots, query_starts = [], [], []
+    def _context(self, rows: list[Row], query_starts: list[int]) -> ForwardContext:
+        positions, slots = [], []
         for row in rows:
-            query_starts.append(len(positions))
             pages, size = row.sequence.pages, self.page_size
             span = range(row.start, row.start + row.count)
             positions += span

@@ -47,12 +47,16 @@ class Settings:
         "they can take a call, else torch; torch is torch alone; triton is an error where auto would fall back",
         choices=("auto", "torch", "triton"),
     )
+    cuda_graphs: bool = _setting(True, "on a GPU, replay decode steps as CUDA graphs")
+    kv_dtype: str = _setting(
+        "auto", "type of KV pages: the compute type, or fp8 (e4m3) on GPUs that know it", choices=("auto", "fp8")
+    )
     torch_kernels: str = _setting("", "kernels that run in torch all the same, by name, separated by commas")
     exact: bool = _setting(
         False, "on a CPU round GGUF weights to the compute type and nothing further, as --dtype float32 does, too"
     )
     threads: int = _setting(0, "CPU threads of the engine (0: one per core)", minimum=0)
-    page_size: int = _setting(16, "tokens in one KV page", minimum=1)
+    page_size: int = _setting(0, "tokens in one KV page (0: 16 on a CPU, 64 on a GPU)", minimum=0)
     prefix_cache: bool = _setting(True, "keep computed prompts for later requests that start the same way")
     kv_memory: int | float = _setting(
         0, "memory for KV pages, e.g. 2g or 500m, or 40% or 0.4 of what is free (0: measured)", minimum=0, kind="memory"

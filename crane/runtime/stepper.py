@@ -125,11 +125,14 @@ class Stepper(threading.Thread):
         answers = []
         wait = not engine.has_work and not self._draining
         while True:
+            more = wait and engine.prepare()
             try:
-                peer, message = self._inbox.get(wait, None if self._checked else IDLE_S)
+                peer, message = self._inbox.get(wait and not more, None if self._checked else IDLE_S)
             except queue.Empty:
                 if not wait:
                     return answers
+                if more:
+                    continue
                 engine.check()
                 self._checked = True
                 continue

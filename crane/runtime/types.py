@@ -344,7 +344,8 @@ class EngineStats(msgspec.Struct):
     memory_shortages: int = 0  # of those: for lack of memory
     ledger_faults: int = 0  # times that pages were found unaccounted for
     uptime_s: float = 0.0
-    kernels: dict[str, str] = {}  # what each runs in, "triton" or "torch", and why not in Triton
+    # what each runs in, "triton" or "torch", and why not in Triton; "cuda_graphs": of how many rows, and why of no more
+    kernels: dict[str, str] = {}
 
 
 ToEngine = Hello | Generate | Abort | Leave | Resume | Call
