@@ -116,7 +116,8 @@ def special_id(token: str) -> int:
     return tiny_tokenizer().token_to_id(token)
 
 
-def _shapes(arch: str, spec: Variant) -> dict[str, tuple[int, ...]]:
+def shapes(arch: str, spec: Variant) -> dict[str, tuple[int, ...]]:
+    """Every tensor's name and shape, as in safetensors."""
     hidden, inner = spec.hidden, spec.intermediate
     q_width, kv_width = spec.heads * spec.width, spec.kv_heads * spec.width
     shapes = {"model.embed_tokens.weight": (spec.vocab, hidden), "model.norm.weight": (hidden,)}
@@ -146,7 +147,7 @@ def _shapes(arch: str, spec: Variant) -> dict[str, tuple[int, ...]]:
 def _weights(arch: str, spec: Variant) -> dict[str, np.ndarray]:
     # large enough that every part of the model moves the logits
     tensors = {}
-    for name, shape in _shapes(arch, spec).items():
+    for name, shape in shapes(arch, spec).items():
         random = np.random.default_rng([spec.seed, zlib.crc32(name.encode())])
         values = random.standard_normal(shape, dtype=np.float32)
         if name == "model.embed_tokens.weight":
@@ -190,7 +191,8 @@ def _rope(arch: str, spec: Variant) -> dict:
     return {"rope_theta": theta, **scaling}
 
 
-def _config(arch: str, spec: Variant) -> dict:
+def config(arch: str, spec: Variant) -> dict:
+    """What config.json holds."""
     rope = _rope(arch, spec)
     config = {
         "architectures": [_ARCHITECTURES[arch][0]],
@@ -246,7 +248,7 @@ def _write_folder(folder: Path, arch: str, spec: Variant, tensors: dict[str, np.
     for shard, held in shards.items():
         arrays = {name: np.ascontiguousarray(tensors[name]) for name in held}
         save_file(arrays, folder / shard, metadata={"format": "pt"})
-    _write_json(folder / "config.json", _config(arch, spec))
+    _write_json(folder / "config.json", config(arch, spec))
     _write_json(folder / "generation_config.json", {"eos_token_id": list(_eos(spec)), "do_sample": False})
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", {

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crane.kernels import lang
+from crane.kernels import lang, tuning
 from crane.kernels.lang import FLOATS, constexpr_function, jit, tl
 from crane.kernels.planes import PLANE_FORMATS, STEP, Planes, dequantize_planes, random_planes
 from crane.kernels.registry import Case, kernel
@@ -247,22 +247,16 @@ def _sum_parts_kernel(parts_ptr, bias_ptr, out_ptr, size, num_columns, PARTS: tl
 
 def _tiles(planes: Planes, num_rows: int, invariant: bool) -> dict:
     """Sizes of a tile and of its program, by the rows of x; steps in a round, a divisor of their number."""
-    # 16 codes to a scale take twice the products; AMD's registers do not suffice for more
+    rows = 16 if invariant else min(max(8, lang.next_power_of_2(num_rows)), 128)
+    group = 16 if planes.nested and not planes.has_offset else 32
+    tiles = tuning.pick("gguf_linear", rows=rows, group=group, kind=planes.kind)
+    # more steps in a round: of whole weights they break the code for sm_100's tensor cores (Triton 3.6), of others
+    # ptxas, there, and AMD's compiler run out of registers
     amd = lang.arch() == 0 and not lang.INTERPRETED
-    most = 16 if amd or planes.nested and not planes.has_offset else 32
-    if invariant or num_rows <= most:
-        rows = 16 if invariant else max(8, lang.next_power_of_2(num_rows))
-        num_steps = -(-planes.shape[1] // STEP)
-        # with more steps in a round ptxas, and AMD's compiler, run out of registers
-        few = amd or lang.arch() >= 100 and planes.kind == "Q4_K"
-        counts = (2, 1) if few else (4, 2, 1)
-        unroll = next(count for count in counts if num_steps % count == 0)
-        return {"BM": rows, "BN": 64, "AFTER": True, "UNROLL": unroll, "STAGES": 2, "num_warps": 2}
-    # more than one step a round breaks the code for tensor cores of sm_100 (Triton 3.6)
-    if num_rows <= 64:
-        rows = 32 if num_rows <= 32 else 64
-        return {"BM": rows, "BN": 64, "AFTER": False, "UNROLL": 1, "STAGES": 3, "num_warps": 4}
-    return {"BM": 128, "BN": 128, "AFTER": False, "UNROLL": 1, "STAGES": 3, "num_warps": 8}
+    few = amd or lang.arch() >= 100 and planes.kind == "Q4_K"
+    counts = (1,) if not tiles["AFTER"] else (2, 1) if few else (4, 2, 1)
+    num_steps = -(-planes.shape[1] // STEP)
+    return tiles | {"UNROLL": next(count for count in counts if num_steps % count == 0)}
 
 
 def _num_parts(planes: Planes, num_rows: int, tiles: dict, num_rounds: int, invariant: bool) -> int:

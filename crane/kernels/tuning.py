@@ -4,24 +4,28 @@ The file has a list of rules for each kernel, `{"when": {...}, "use": {...}}`. T
 the call wins; what it does not mention, it does not mind. The last rule minds nothing.
 """
 
+import contextlib
 import functools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from crane.kernels.lang import arch
 
 _FILE = Path(__file__).with_name("tuning.json")
+_listeners: list[Callable[[str, dict, dict], dict]] = []
 
 
 @functools.cache
-def _rules() -> dict[str, list[dict]]:
+def rules() -> dict[str, list[dict]]:
+    """All rules, by kernel."""
     return json.loads(_FILE.read_text())
 
 
 @functools.cache
 def _choose(kernel: str, arch: int, features: tuple[tuple[str, object], ...]) -> dict:
     known = dict(features, arch=arch)
-    for rule in _rules()[kernel]:
+    for rule in rules()[kernel]:
         if all(known[name] in value if isinstance(value, list) else known[name] == value
                for name, value in rule["when"].items()):  # fmt: skip
             return rule["use"]
@@ -31,4 +35,17 @@ def _choose(kernel: str, arch: int, features: tuple[tuple[str, object], ...]) ->
 def pick(kernel: str, **features) -> dict:
     """The `use` of the rule for these features and this GPU, a new dict. A rule may name features and "arch"
     (`lang.arch`), each with one value or a list of them."""
-    return dict(_choose(kernel, arch(), tuple(features.items())))
+    use = dict(_choose(kernel, arch(), tuple(features.items())))
+    for listener in _listeners:
+        use = listener(kernel, features, use)
+    return use
+
+
+@contextlib.contextmanager
+def overridden(listener: Callable[[str, dict, dict], dict]) -> Iterator[None]:
+    """Within it, `pick` gives what the listener makes of (kernel, features, the rule's own `use`): for tuning."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
