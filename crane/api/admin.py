@@ -54,6 +54,11 @@ def stats(context: Context, request: Request) -> Answer:
     return Question("stats", lambda counters: Reply(_json(counters)))
 
 
+def trace(context: Context, request: Request) -> Answer:
+    """What happened to the last requests, as a Chrome trace: open it in Perfetto or chrome://tracing."""
+    return Question("trace", lambda events: Reply(_json(events)))
+
+
 def model_info(context: Context, request: Request) -> Reply:
     """Describe what is served. The seed's fields and SGLang's. dtype and device are null until the engine is ready."""
     settings, model, info = context.settings, context.model, context.state.info
@@ -166,6 +171,7 @@ ENDPOINTS = (
     *(Endpoint("GET", path, health, needs="nothing") for path in ("/health", "/ready", "/ping")),
     Endpoint("GET", "/health_generate", health_generate, needs="nothing", error_reply=probe_failed),
     Endpoint("GET", "/v1/stats", stats, needs="link"),
+    Endpoint("GET", "/v1/trace", trace, needs="link"),
     *(Endpoint("GET", path, model_info, needs="model") for path in ("/model_info", "/get_model_info")),
     *(Endpoint("GET", path, server_info) for path in ("/server_info", "/get_server_info")),
     *(

@@ -129,6 +129,7 @@ class GenerateBody(QueuedBody):
     ebnf: str | None = None
     prompt_logprobs: NumTop | None = None
     return_token_ids: bool | None = None
+    timeline: bool | None = None  # the answer says when what happened to it
     # events of the stream are numbered, and another connection may go on with it: see GET /v1/streams/{id}
     resumable: bool | None = None
     # tokens guessed and verified in one step, at most; 0 is off. What a grammar constrains is never guessed

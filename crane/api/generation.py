@@ -61,6 +61,7 @@ class Choice:
     reasoning_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    timeline: list[dict] | None = None
     around: tuple[bytes, bytes] | None = None
 
 
@@ -77,6 +78,7 @@ class BaseGeneration:
         self.prompts = prompts
         self.id, self.created = context.identity or (self.id_prefix + uuid.uuid4().hex, int(time.time()))
         self.resumable = bool(body.resumable)
+        self._wants_timeline = bool(body.timeline)
         self.stream = bool(body.stream)
         self.failed: EngineError | None = None
         options = body.stream_options
@@ -92,7 +94,8 @@ class BaseGeneration:
             rid = prompt.rid = self.id if len(prompts) == 1 else f"{self.id}-{i}"
             salt = body.cache_salt or ""
             self.requests.append(
-                Generate(rid, prompt.ids, prompt.sampling, None, salt, prompt.prediction_ids, **claimed)
+                Generate(rid, prompt.ids, prompt.sampling, None, salt, prompt.prediction_ids,
+                         timeline=self._wants_timeline, **claimed)
             )
             for j in range(prompt.sampling.n):
                 text = TextStream(self.tokenizer, prompt.sampling, prompt.ids, prompt.keep_ids)
@@ -135,6 +138,9 @@ class BaseGeneration:
             choice.prompt.cached_tokens = max(choice.prompt.cached_tokens, usage.cached_tokens)
         if output.finish_reason is not None:
             choice.engine_done = True
+            choice.timeline = output.timeline
+            if choice.finish_reason is not None and self._wants_timeline:  # it is what this choice has waited for
+                self._num_open -= 1
         if choice.finish_reason is not None:
             return b""  # its stop string came up; what the engine adds is not part of the answer
         if output.finish_reason == "error":
@@ -150,7 +156,7 @@ class BaseGeneration:
         if self.failed is not None:
             return b""
         usage = self._usage_frame() if self._include_usage else b""
-        return usage + sse.DONE
+        return self._timeline_frame() + usage + sse.DONE
 
     def body(self) -> bytes:
         if self.failed is not None:
@@ -163,9 +169,18 @@ class BaseGeneration:
                 "model": self.model.name,
                 "choices": [self._final(choice) for choice in self._answers()],
                 "usage": self.usage(),
+                **({"timeline": self._timelines()} if self._wants_timeline else {}),
                 **self._extra(),
             }
         )
+
+    def _timelines(self) -> list[dict]:
+        return [{"index": choice.index, "events": choice.timeline} for choice in self._answers()]
+
+    def _timeline_frame(self) -> bytes:
+        if not self._wants_timeline:
+            return b""
+        return self._head + b'],"timeline":' + _json(self._timelines()) + b"}\n\n"
 
     def usage(self) -> dict:
         """Token counts so far; every prompt counts once, however many choices it has."""
@@ -228,7 +243,8 @@ class BaseGeneration:
         return {}
 
     def _close(self, choice: Choice) -> None:
-        self._num_open -= 1
+        if choice.engine_done or not self._wants_timeline:
+            self._num_open -= 1
         if not choice.engine_done:  # a stop string, of which the engine knows nothing
             self.aborts.append((choice.prompt.rid, choice.number))
 

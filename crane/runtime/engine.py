@@ -27,6 +27,7 @@ from crane.runtime.runner import ModelRunner
 from crane.runtime.scheduler import Scheduler
 from crane.runtime.sequence import Sequence, Status
 from crane.runtime.settings import Settings
+from crane.runtime.timeline import Timelines
 from crane.runtime.types import Accepted, EngineInfo, EngineStats, Generate, Output, Plan, Rejected
 
 log = logging.getLogger("crane.engine")
@@ -91,6 +92,7 @@ class Engine:
         self._stats = EngineStats(num_pages=self.memory.pool.num_pages)
         self._recovery = Recovery(lambda batch: self.runner.run(batch), self.runner.free_memory)
         self._metrics = Metrics()
+        self._timelines = Timelines(settings.trace_requests)
         self._prefill, self._decode = _Rate(), _Rate()
         self._forecast = Forecast(self.scheduler, settings.max_queue)
         self.info = EngineInfo(
@@ -131,6 +133,7 @@ class Engine:
             sequence.constraint = self._grammars.constraint(sampling, sequence.stop_ids)
             sequence.drafts = self.scheduler.drafter.drafts_for(request, sequence.token_ids)
             self.scheduler.enqueue(sequence)
+            self._timelines.begin(sequence, request.timeline)
         if sampling.grammar is not None:
             self._compiling += sequences
         self._stats.total_requests += 1
@@ -184,7 +187,7 @@ class Engine:
             self._stats.aborted_requests += len(rids)
         else:  # it got all it wanted
             self._stats.completed_requests += sum(not self.scheduler.find(rid) for rid in rids)
-        return ended + self._move(self.memory.pool.due_copies())
+        return self._timelines.end(ended) + self._move(self.memory.pool.due_copies())
 
     def flush_cache(self) -> int:
         """Forget all remembered prefixes; returns how many pages become blank."""
@@ -201,10 +204,17 @@ class Engine:
 
     def fail_all(self, message: str) -> list[Output]:
         """End every request with an error: the last resort after a fault nobody in particular caused."""
-        return self._fail(self.scheduler.find(None), message)
+        return self._timelines.end(self._fail(self.scheduler.find(None), message))
+
+    def trace(self) -> dict:
+        """The timelines of the last requests that have one, as a Chrome trace."""
+        return self._timelines.trace()
 
     def step(self) -> list[Output]:
         """Plan, run and commit one step. A fault in it fails the request that is to blame, nobody else's."""
+        return self._timelines.end(self._step())
+
+    def _step(self) -> list[Output]:
         refused = self._refuse_grammars() + self._expire()
         batch = self.scheduler.plan()
         if lost := self._move(batch.copies):
@@ -214,15 +224,16 @@ class Engine:
                 self.memory.wait()
                 wait_any([s.constraint for s in self.scheduler.find(None) if s.constraint], _GRAMMAR_POLL_S)
             return refused
-        started_s = time.perf_counter()
+        started_s = time.monotonic()
         picked, broken = self._recovery.run(batch)
         for place, error in broken.items():
             live = self.scheduler.find(batch.rows[place].sequence.rid)
             refused += self._fail(live, f"the engine failed on this request: {type(error).__name__}")
         self.scheduler.step_limit = self._recovery.max_tokens
         outputs = self.scheduler.commit(batch, picked)
-        self._count(batch, outputs, time.perf_counter() - started_s)
+        self._count(batch, outputs, time.monotonic() - started_s)
         self._metrics.step(batch, outputs)
+        self._timelines.step(batch, started_s, outputs)
         return refused + outputs + self._move(self.memory.pool.due_copies())
 
     def _move(self, copies: list[tuple[int, int]]) -> list[Output]:

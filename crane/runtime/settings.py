@@ -106,6 +106,9 @@ class Settings:
     journal_s: float = _setting(
         60.0, "seconds a resumable stream goes on without its client, and is kept after its end", minimum=0
     )
+    trace_requests: int = _setting(
+        0, "time the last so many requests, for GET /v1/trace (0: only those that ask for a timeline)", minimum=0
+    )
     linger_s: float = _setting(10.0, "seconds the engine outlives its last API worker", minimum=0)
     # API workers
     reasoning_field: str = _setting(

@@ -173,6 +173,8 @@ class Stepper(threading.Thread):
             return Reply(message.id, msgspec.to_builtins(engine.stats()))
         if message.op == "journal":
             return Reply(message.id, self._journal.note(message.payload))
+        if message.op == "trace":
+            return Reply(message.id, engine.trace())
         if message.op == "metrics":
             return Reply(message.id, engine.metrics())
         if message.op == "plan":

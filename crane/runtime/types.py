@@ -127,6 +127,7 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
     timeout_s: float | None = None  # after so long it ends, finished or not
     # its outputs are kept for `Resume`, with this note for whoever resumes it
     journal: bytes | None = None
+    timeline: bool = False  # its last outputs come with their timelines
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -155,7 +156,7 @@ class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
     """API to engine: a question, answered by `Reply` with the same id.
 
     op: "stats", "metrics", "plan" (payload: Generate messages; answered by a `Plan` of each), "abort" (payload: the
-    beginning of rids, None for all), "journal" (payload: a rid; answered by its note, or None), or one of
+    beginning of rids, None for all), "journal" (payload: a rid; answered by its note, or None), "trace", or one of
     `waiting.Waiting`.
     """
 
@@ -219,6 +220,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
     embedding: list[float] | None = None
     num_drafted: int = 0
+    timeline: list[dict[str, Any]] | None = None  # on the last one, when asked for: see `timeline.Timeline`
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):

@@ -85,6 +85,21 @@ def test_a_prediction_changes_the_work_and_not_the_answer(client):
     assert chunks[-1].usage.completion_tokens_details.accepted_prediction_tokens > 0
 
 
+def test_a_timeline_comes_with_the_answer_that_asks_for_it(client, server):
+    options = {"messages": CHAT, **greedy()}
+    whole = client.chat.completions.create(**options, extra_body={"timeline": True, "ignore_eos": True})
+    (line,) = whole.timeline
+    assert line["index"] == 0 and [e["event"] for e in line["events"]][:2] == ["queued", "admitted"]
+    stop = whole.choices[0].message.content[4:7]  # matched by the worker: the engine's last word is waited for
+    chunks = list(client.chat.completions.create(
+        **options, stop=[stop], stream=True, n=2, extra_body={"timeline": True, "ignore_eos": True}
+    ))
+    assert [each["events"][-1]["event"] for each in chunks[-1].timeline] == ["finished"] * 2
+    assert not hasattr(client.chat.completions.create(**options), "timeline")
+    status, trace = server.get("/v1/trace")
+    assert status == 200 and {"queued", "finished"} <= {event["name"] for event in trace["traceEvents"]}
+
+
 def test_seed_repeats_and_another_seed_differs(client):
     def text(seed):
         options = {"model": "org/tiny", "max_tokens": 16, "temperature": 1.5, "seed": seed}
