@@ -81,20 +81,10 @@ class BlockWeight:
         """Where the blocks are."""
         return self.data.device
 
-    def to(self, device: torch.device | str) -> "BlockWeight":
-        """The same weight on another device."""
-        return BlockWeight(self.kind, self.data.to(device))
-
     def rows(self, index: Tensor | slice) -> "BlockWeight":
         """Some rows, in the order of `index`: int64 [num_rows], or a slice (which shares memory)."""
         data = self.data[index] if isinstance(index, slice) else self.data.index_select(0, index)
         return BlockWeight(self.kind, data)
-
-
-def concatenate(weights: list[BlockWeight]) -> BlockWeight:
-    """Weights one below the other; of one kind and with equal in_features."""
-    assert len({(weight.kind, weight.shape[1]) for weight in weights}) == 1, "rows of one kind and length"
-    return weights[0] if len(weights) == 1 else BlockWeight(weights[0].kind, torch.cat([w.data for w in weights]))
 
 
 def unpack(kind: str, data: Tensor) -> Codes:
@@ -120,11 +110,6 @@ def dequantize(weight: BlockWeight, dtype: torch.dtype = torch.float32, out: Ten
         if not direct:
             target.copy_(values.view(target.shape))
     return out
-
-
-def gather_rows(weight: BlockWeight, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of an embedding. ids: int64 of any shape. Returns [*ids.shape, in_features] of `dtype`."""
-    return dequantize(weight.rows(ids.flatten()), dtype).view(*ids.shape, weight.shape[1])
 
 
 def _halves(blocks: Tensor, start: int) -> Tensor:
