@@ -10,9 +10,13 @@ import pytest
 TOOL = Path(__file__).parents[1] / "tools" / "simulate.py"
 
 
+# so that little time is simulated
+FAST = ("--base-s", "0.016", "--row-s", "0.0005", "--token-s", "0.0009", "--rate", "30", "--light-rate", "1")
+
+
 def simulate(*arguments) -> dict[str, dict]:
     """The rows of the table by policy."""
-    done = subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(TOOL), *FAST, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     rows = json.loads(last)["rows"]

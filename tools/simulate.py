@@ -44,12 +44,13 @@ POLICIES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a step. The defaults: SmolLM2-135M in bfloat16 on two CPU cores, by --measure."""
+    """Seconds of a step. The defaults follow from what docs/performance.md says of Qwen2.5-Coder-0.5B in bfloat16 on
+    two CPU cores: 53 ms for one row, 146 for 32. page_copy_s, which counts with --host-pages only, is a guess."""
 
-    base_s: float = 0.016
-    row_s: float = 0.0005
-    token_s: float = 0.0009
-    page_copy_s: float = 0.0002
+    base_s: float = 0.050
+    row_s: float = 0.0
+    token_s: float = 0.003
+    page_copy_s: float = 0.0001
 
     def of(self, batch: Batch) -> float:
         copies = self.page_copy_s * len(batch.copies)
@@ -210,8 +211,8 @@ class Simulation:
 
 
 class Fairness:
-    """Jain's index of the tokens that tenants got, in every second in which two or more had requests waiting all along:
-    1 is equal shares, 1/n is one tenant getting all."""
+    """Jain's index of the tokens that tenants got, in every ten seconds in which two or more had requests waiting all
+    along: 1 is equal shares, 1/n is one tenant getting all."""
 
     def __init__(self):
         self.waiting: Counter[str] = Counter()  # requests that have not started
@@ -226,7 +227,7 @@ class Fairness:
         waiting = {name for name, count in self.waiting.items() if count}
         self._all_along = waiting if self._all_along is None else self._all_along & waiting
         self._elapsed_s += step_s
-        if self._elapsed_s < 1.0:
+        if self._elapsed_s < 10.0:
             return
         shares = [self._got[name] for name in self._all_along]
         if len(shares) > 1 and any(shares):
@@ -237,7 +238,7 @@ class Fairness:
 
     @property
     def index(self) -> float | None:
-        """The mean over these seconds; None when there were none."""
+        """The mean over these spans; None when there were none."""
         return self._sum / self._weight if self._weight else None
 
 
@@ -411,10 +412,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--trace", help="file of JSON lines, instead of a scenario")
     made.add_argument("--policies", default=",".join(POLICIES), help="of the table, separated by commas")
     for name, kind, default, text in (
-        ("requests", int, 100_000, "how many"), ("rate", float, 30.0, "requests that arrive in a second"),
+        ("requests", int, 100_000, "how many"), ("rate", float, 5.0, "requests that arrive in a second"),
         ("prompt", float, 48.0, "mean prompt tokens"), ("output", float, 16.0, "mean output tokens"),
         ("tenants", int, 20, "who send, the first ones most"),
-        ("light-rate", float, 1.0, "flood: b's requests a second"),
+        ("light-rate", float, 0.1, "flood: b's requests a second"),
         ("timeout-s", float, 60.0, "mixed: the time limit of one in twenty"), ("seed", int, 0, "of the trace"),
         ("pages", int, 1024, "KV pages"), ("page-size", int, 16, "tokens in one"),
         ("host-pages", int, 0, "pages to swap to"),

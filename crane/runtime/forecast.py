@@ -121,18 +121,19 @@ class Forecast:
         scheduler, slots = self._scheduler, self._scheduler.slots
         num_free = slots.max_running - len(slots.running)
         pages = scheduler.pages_needed(sequence) - sequence.num_cached // scheduler.pool.page_size
-        spare = scheduler.pool.num_free - len(slots.running) - num_ahead * self._mean_pages() - pages
+        to_start = slots.waiting.num_ahead(sequence.level, sequence.tenant)
+        spare = scheduler.pool.num_free - len(slots.running) - to_start * self._mean_pages() - pages
         if num_ahead < num_free and spare >= 0:
             return 0.0
         rate = self._start_rate()
-        by_rate = (num_ahead + 1) / rate if rate else None
+        by_rate = (to_start + 1) / rate if rate else None
         if not self._time or spare < 0:
             return by_rate
         step_s = self._step_s(slots.max_running)
         # with pages for all, those past their quantum make way, and after each quantum as many as there are slots
         late = num_ahead - num_free - sum(s.quantum_used >= slots.quantum_tokens for s in slots.running)
         in_turn = step_s if late < 0 else step_s * slots.quantum_tokens * (late // slots.max_running + 1)
-        return in_turn if by_rate is None else min(in_turn, by_rate)
+        return in_turn if by_rate is None or not to_start else min(in_turn, by_rate)
 
     def _first_token_s(self, plan: Plan) -> float | None:
         if plan.wait_s is None or not self._time:

@@ -65,8 +65,8 @@ class Slots:
         return sequence.level, self._tenants.served(sequence.tenant), sequence.ticket
 
     def num_ahead(self, sequence: Sequence) -> int:
-        """How many of those that wait without pages would start before a new sequence, as far as can be told now."""
-        return self.waiting.num_ahead(sequence.level, sequence.tenant)
+        """How many of those that wait would get a slot before a new sequence, as far as can be told now."""
+        return sum(lanes.num_ahead(sequence.level, sequence.tenant) for lanes in (self.parked, self.waiting))
 
     def add(self, sequence: Sequence) -> None:
         """A new sequence, the last of its lane."""

@@ -249,7 +249,7 @@ class Plan(msgspec.Struct):
 
     max_tokens: as far as the context goes. fits: the prompt does, and a token of output. pages: KV pages that each
     choice may come to need. code, message, retry_after_s: why it would be refused now.
-    queue_position: how many would start before it. wait_s: until it starts. first_token_s: until its first token.
+    queue_position: how many would get a slot before it. wait_s: until it starts. first_token_s: until its first token.
     """
 
     prompt_tokens: int
