@@ -116,7 +116,7 @@ class Simulation:
         )
         if policy == "no-overtaking":
             self.scheduler.slots.lookahead = 0
-        self.scheduler.costs.policy = "swap" if options.host_pages else "recompute"
+        self.scheduler.tables.costs.policy = "swap" if options.host_pages else "recompute"
         self.forecast = Forecast(self.scheduler, options.max_queue)
         self.finished: list[Outcome] = []
         self.num_steps = self.num_tokens = 0
@@ -325,7 +325,7 @@ def summary(simulation: Simulation, wall_s: float) -> dict:
         "lightest_first_token_p95": quantile(others, 0.95),
         "jain": simulation.fairness.index,
         "preemptions": scheduler.num_preemptions,
-        "cached_tokens": scheduler.num_cached_tokens,
+        "cached_tokens": scheduler.tables.num_cached_tokens,
         "pages_in_use": simulation.pages_in_use / simulation.busy_s / scheduler.pool.num_pages,
         "timeouts": sum(o.reason == "timeout" for o in outcomes),
         "refused": len(refused),
@@ -396,7 +396,7 @@ def measure(model_path: str) -> Cost:
     sizes = np.array([[1.0, row[0], row[1]] for row in rows[6:]])
     fitted = np.linalg.lstsq(sizes / seconds[:, None], np.ones(len(seconds)), rcond=None)[0]
     base_s, row_s, token_s = np.maximum(fitted, 0.0)
-    copy_s = engine.scheduler.costs.swap_s(1) / 2
+    copy_s = engine.scheduler.tables.costs.swap_s(1) / 2
     return Cost(float(base_s), float(row_s), float(token_s), float(copy_s) or Cost.page_copy_s)
 
 

@@ -15,7 +15,7 @@ class World:
         options = {"max_running": 4, "quantum_tokens": 2, "max_step_tokens": 16, "max_model_len": 64} | options
         pool = PagePool(num_pages, page_size, num_host_pages)
         self.scheduler = Scheduler(pool, clock=lambda: self.now_s, **options)
-        self.scheduler.costs.policy = preemption
+        self.scheduler.tables.costs.policy = preemption
         self.live: dict[tuple[str, int], Sequence] = {}
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.ended: dict[tuple[str, int], str] = {}
