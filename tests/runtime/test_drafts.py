@@ -213,7 +213,7 @@ def test_output_is_the_same_with_right_and_wrong_guesses_as_without(tiny, params
         assert (got[key][1].finish_reason, got[key][1].matched_id) == (last.finish_reason, last.matched_id)
         assert got[key][1].usage.completion_tokens == len(tokens)
     stats = engine.stats()
-    assert stats.accepted_tokens > 50 and stats.drafted_tokens > stats.accepted_tokens
+    assert stats.accepted_tokens > 20 and stats.drafted_tokens > stats.accepted_tokens
     if "kv_memory" in options:
         assert stats.preemptions > 0
 
