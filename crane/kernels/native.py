@@ -5,9 +5,11 @@ computes in torch; the reason is logged and shown by `reason`. A build is tried 
 used, so that an instruction the machine turns out not to have cannot end the engine.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import platform
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -57,6 +60,7 @@ class Weight(ctypes.Structure):
 
 
 _library: ctypes.CDLL | None = None
+_notes: Path | None = None
 _reason = "not asked for"
 
 
@@ -75,10 +79,11 @@ def load(cache: Path, num_threads: int) -> ctypes.CDLL | None:
 
     Returns None, after a line in the log, where they cannot be had.
     """
-    global _library, _reason
+    global _library, _notes, _reason
     if _library is None:
         try:
-            _library = _open(_build(cache))
+            path = _build(cache)
+            _library, _notes = _open(path), path.with_suffix(".json")
         except _Unavailable as error:
             if _reason != str(error):
                 log.warning("the C kernels are not used: %s", error)
@@ -86,6 +91,21 @@ def load(cache: Path, num_threads: int) -> ctypes.CDLL | None:
             return None
     _library.crane_set_threads(num_threads, SPINS)
     return _library
+
+
+def measured(name: str, measure: Callable[[], int]) -> int:
+    """What was measured of the library on this machine, now if never before; kept beside it."""
+    try:
+        known = json.loads(_notes.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if not isinstance(known.get(name), int):
+        known[name] = measure()
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
+            made = _notes.with_suffix(f".{os.getpid()}")
+            made.write_text(json.dumps(known))
+            os.replace(made, _notes)
+    return known[name]
 
 
 def unload() -> None:

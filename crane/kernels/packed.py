@@ -8,6 +8,7 @@ bfloat16, as dequantising to bfloat16 does. A bfloat16 matrix is only laid out a
 """
 
 import ctypes
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,8 +27,9 @@ _KINDS = {
 # types whose blocks C takes apart itself, in the order of their numbers there; `unpack` does it for the others
 _IN_C = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 PANEL_ROWS, _TILE_COLUMNS = 16, 32
-# From so many rows of x AMX is faster than integers: it pays for widening the weight first.
-_AMX_ROWS = 12
+# Rows of x from which AMX may be faster than integers, although it widens the weight first: what is tried.
+_AMX_ROWS = (4, 8, 12, 16, 24, 32)
+_NEVER = 1 << 62
 
 
 @dataclass
@@ -96,6 +98,26 @@ def pack(kind: str, num_rows: int, columns: int, pieces: Iterable[Tensor]) -> Pa
     return PackedWeight(panels, struct)
 
 
+def _measure_amx_rows() -> int:
+    """The least rows of x for which AMX multiplies a quantised weight faster than integers do. Takes about 50 ms."""
+    num_rows, columns = 4096, 1024  # 3 MB of 5 bits: more than a core's cache
+    weight = pack("Q5_0", num_rows, columns, [torch.zeros(num_rows, columns // 32 * 22, dtype=torch.uint8)])
+    call, address = native.library().crane_linear, ctypes.addressof(weight.struct)
+    x = torch.randn(_AMX_ROWS[-1], columns).bfloat16()
+    out = torch.empty(_AMX_ROWS[-1], num_rows, dtype=torch.bfloat16)
+
+    def seconds(rows: int, method: int) -> float:
+        started = time.perf_counter()
+        call(address, x.data_ptr(), rows, 1, out.data_ptr(), num_rows, 1, method)
+        return time.perf_counter() - started
+
+    for rows in _AMX_ROWS:
+        integers, amx = zip(*((seconds(rows, 0), seconds(rows, 1)) for _ in range(8)))
+        if min(amx) < min(integers):
+            return rows
+    return _NEVER
+
+
 class PackedLinear:
     """y = x @ weight.T + bias for matrices one below the other, of the same or of different types."""
 
@@ -105,7 +127,7 @@ class PackedLinear:
         self.out_features = sum(part.shape[0] for part in parts)
         self.in_features = parts[0].shape[1]
         self._call = native.library().crane_linear
-        amx = native.has_amx()
+        amx_rows = native.measured("amx_rows", _measure_amx_rows) if native.has_amx() else _NEVER
         start = 0
         self._plan = []  # (the struct's address, first output feature, rows of x from which AMX multiplies)
         for part in parts:
@@ -113,7 +135,7 @@ class PackedLinear:
             if bias is not None:
                 part.bias = bias[start : start + count].float().contiguous()
                 part.struct.bias = part.bias.data_ptr()
-            from_rows = (1 if part.struct.bits == 16 else _AMX_ROWS) if amx else 1 << 62
+            from_rows = 1 if part.struct.bits == 16 else amx_rows
             self._plan.append((ctypes.addressof(part.struct), start, from_rows))
             start += count
 

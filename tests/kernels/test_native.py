@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from crane.kernels import native
+from crane.kernels import native, packed
 from crane.kernels.blocks import BlockWeight, dequantize
 from crane.kernels.packed import PackedLinear, can_pack, is_packable, pack
 from crane.models.config import load_config
@@ -169,6 +169,21 @@ def test_a_forked_child_computes_alone(library):
         library.crane_linear(address, x.data_ptr(), 2, 0, out.data_ptr(), 512, 0, 0)
         os._exit(0 if torch.equal(out, expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_what_was_measured_is_kept_and_a_broken_note_is_measured_again(library, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "_notes", tmp_path / "notes.json")
+    assert native.measured("rows", lambda: 7) == 7
+    assert native.measured("rows", lambda: 8) == 7
+    (tmp_path / "notes.json").write_text("{")
+    assert native.measured("rows", lambda: 9) == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
+
+
+def test_rows_for_amx_are_measured_on_the_machine(library):
+    if not native.has_amx():
+        pytest.skip("needs AMX")
+    assert packed._measure_amx_rows() in (*packed._AMX_ROWS, packed._NEVER)
 
 
 def test_structures_are_as_large_as_in_c():

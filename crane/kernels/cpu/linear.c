@@ -359,7 +359,7 @@ void crane_linear(const Weight *w, const void *x, int64_t num_rows, int32_t dtyp
     Product p = {.w = w, .x = x, .out = out, .num_rows = num_rows, .out_stride = out_stride, .dtype = dtype,
                  .out_dtype = out_dtype};
 #ifdef __AMX_BF16__
-    if (method) {
+    if (method && crane_has_amx()) { /* which also asks the system for permission */
         crane_parallel(amx_task, &p, (num_panels(w) + WIDE - 1) / WIDE);
         return;
     }
