@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from crane import __version__
-from crane.bench import engine as bench_engine
+from crane.bench import engine as bench_engine, http as bench_http
 from crane.errors import CraneError, SettingsError
 from crane.runtime import launch
 from crane.runtime.settings import Settings, parse
@@ -23,7 +23,7 @@ _COMMON = (
     "model_path", "model_type", "model_name", "host", "port", "cpu", "max_concurrent",
     "decode_tokens_per_seq", "format",
 )
-_BENCHES = {"engine": bench_engine}
+_BENCHES = {"engine": bench_engine, "http": bench_http}
 WORKER_TIMEOUT_S = 120
 KEEPALIVE_S = 5
 _SERVE = {

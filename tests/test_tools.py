@@ -36,6 +36,15 @@ def test_bench_http_prints_a_row_per_load_and_ends_in_json(server):
         assert row["cpu_ms_per_1000_chunks"] >= 0
 
 
+def test_bench_http_compares_two_servers_in_turns(server):
+    done = run_tool("bench_http.py", server.url, "--vs", server.url, "--clients", "2", "--max-tokens", "4",
+                    "--prompt-words", "5", "--rounds", "2")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    low, high = map(float, row["tokens_per_s spread"].split("-"))
+    assert low <= row["tokens_per_s ratio"] <= high and row["other tokens_per_s"] > 0
+
+
 def test_bench_http_takes_an_arrival_rate(server):
     done = run_tool("bench_http.py", server.url, "--rate", "50", "--requests", "6", "--max-tokens", "4")
     assert done.returncode == 0, done.stderr
@@ -46,11 +55,13 @@ def test_bench_http_times_nothing_when_its_check_fails(server):
     done = run_tool("bench_http.py", server.url, "--model", "another", "--clients", "1")
     assert done.returncode == 1
     assert "status 404" in done.stderr and done.stdout == ""
+    done = run_tool("bench_http.py", "http://127.0.0.1:9")
+    assert done.returncode == 1 and done.stderr.startswith("crane bench: ")
 
 
-def test_bench_http_compares_the_api_with_a_bare_application(tmp_path):
+def test_api_cost_compares_the_api_with_a_bare_application(tmp_path):
     model = make_tiny(tmp_path / "tiny", "qwen2")
-    done = run_tool("bench_http.py", "--api-cost", str(model), "--loads", "2:1", "--rounds", "1", "--seconds", "0.1")
+    done = run_tool("api_cost.py", str(model), "--loads", "2:1", "--rounds", "1", "--seconds", "0.1")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [row["path"] for row in rows] == ["/v1/chat/completions", "/v1/completions"]

@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """What the API costs its worker in CPU time per 1,000 streamed chunks, beside a bare application.
 
-    python tools/bench_http.py --api-cost MODEL
+    python tools/api_cost.py MODEL
 
 The bare figure is that of a falcon application that does no more than pass the engine's steps on. Both sides run
 under the same gunicorn worker class, one worker each, in turns and against the same engine process. That one has no
@@ -17,6 +18,7 @@ A row is measured with short answers, in which the cost of the request shows, an
 chunks does; from both follow the cost of a request and of a chunk.
 """
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -91,6 +93,9 @@ class TickingEngine:
             if last:
                 del self._running[rid]
         return outputs
+
+    def prepare(self) -> bool:
+        return False
 
     def check(self) -> None:
         """Nothing can be out of order here."""
@@ -373,5 +378,19 @@ def run(model: str, loads: str, rounds: int, seconds: float) -> list[dict]:
     return rows
 
 
+def main() -> int:
+    if "CRANE_ENGINE_SOCKET" in os.environ and len(sys.argv) == 1:  # started by `measure`
+        return server.main(["--socket", os.environ["CRANE_ENGINE_SOCKET"]], engine_factory=TickingEngine)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="model whose tokenizer and template are used")
+    parser.add_argument("--loads", default="32:10,128:20", help="streams and milliseconds of a step (32:10,128:20)")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each side is measured (2)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long each time (2)")
+    options = parser.parse_args()
+    rows = run(options.model, options.loads, options.rounds, options.seconds)
+    print(json.dumps({"benchmark": "api_cost", "rows": rows}))
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(server.main(["--socket", os.environ["CRANE_ENGINE_SOCKET"]], engine_factory=TickingEngine))
+    sys.exit(main())

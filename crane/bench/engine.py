@@ -16,7 +16,7 @@ import time
 
 from crane.bench import subjects
 from crane.bench.cell import Cell, Timing
-from crane.bench.report import plot_bars, table
+from crane.bench.report import numbers, plot_bars, table
 from crane.errors import CraneError, SettingsError
 from crane.runtime.settings import Settings, num_cores, parse
 
@@ -52,7 +52,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"crane bench: {error}", file=sys.stderr)
         return 1
     if options.plot:
-        plot_bars(options.plot, document)
+        columns = {name.split()[0]: name for name in document["rows"][0] if name.endswith("decode tok/s")}
+        plot_bars(options.plot, document["rows"], columns,
+                  lambda row: f"batch {row['batch']}\ncontext {row['context']}")
     print(json.dumps(document))
     return 0
 
@@ -60,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
 def measure(options: argparse.Namespace) -> dict:
     """The document of one run. Raises SettingsError for a bad option or an engine that does not run."""
     threads = options.threads or num_cores()
-    cells = [Cell(batch, context, options.tokens) for context in _numbers("--context", options.context)
-             for batch in _numbers("--batch", options.batch)]  # fmt: skip
+    cells = [Cell(batch, context, options.tokens) for context in numbers("--context", options.context)
+             for batch in numbers("--batch", options.batch)]  # fmt: skip
     engines = [subjects.crane(options.model_path, threads, cells, _settings(options.set))]
     try:
         if options.vs:
@@ -115,16 +117,6 @@ def _prefill(cell: Cell, timing: Timing) -> float:
 
 def _decode(timing: Timing) -> float:
     return timing.decoded / max(timing.decode_s, 1e-9)
-
-
-def _numbers(flag: str, text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise SettingsError(f"{flag} must be whole numbers above 0, separated by commas, got {text!r}")
-    return found
 
 
 def _settings(pairs: list[str]) -> dict:
