@@ -95,14 +95,16 @@ class LLM:
         try:
             while waiting or choices:
                 waiting = self._submit(waiting)
-                for output in self.engine.step():
+                outputs = self.engine.step()
+                for output in outputs:
                     choice = choices.get((output.rid, output.index))
                     if choice is None or not choice.push(output):
                         continue
                     usage = output.usage
-                    if usage is None:  # ended by a stop string, of which the engine knows nothing
-                        (ended,) = self.engine.abort(output.rid, output.index)
+                    if output.finish_reason is None:  # ended by a stop string, of which the engine knows nothing
+                        ended, *others = self.engine.abort(output.rid, output.index)
                         usage = ended.usage
+                        outputs += others  # what the engine lost in doing so
                     del choices[output.rid, output.index]
                     yield choice.completion(places[output.rid], output.index, usage)
         finally:

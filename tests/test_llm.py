@@ -47,6 +47,13 @@ def test_stop_strings_end_a_choice_and_clip_what_it_returns(llm):
     assert llm.engine.scheduler.pool.num_free == llm.engine.info.num_pages
 
 
+def test_a_stop_string_in_the_first_token_leaves_nothing_running(llm):
+    plain = llm.generate("The quick", GREEDY)[0]
+    cut = llm.generate("The quick", msgspec.structs.replace(GREEDY, stop=(plain.text[0],)))[0]
+    assert (cut.text, cut.finish_reason, cut.usage.completion_tokens) == ("", "stop", 1)
+    assert not llm.engine.has_work
+
+
 def test_chat_renders_the_models_template(llm):
     messages = [{"role": "user", "content": "Hi"}]
     answer = llm.chat(messages, GREEDY)[0]
