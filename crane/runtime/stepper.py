@@ -106,7 +106,7 @@ class Stepper(threading.Thread):
             if len(self._journal):
                 self._unheard += self._journal.expire()
             for rid in self._unheard:
-                self._desert(engine, rid)
+                messages += self._desert(engine, rid)
             self._unheard.clear()
             messages += self._waiting.prepare(engine)
             self._deliver(messages)  # an answer need not wait for the step
@@ -138,13 +138,13 @@ class Stepper(threading.Thread):
                 continue
             wait = False
             if message is None:
-                self._forget(engine, peer)
+                answers += self._forget(engine, peer)
             elif message is _DRAIN:
                 self._draining = True
             elif isinstance(message, Abort):
                 answers += self._route(engine.abort(message.rid, message.index))
             elif isinstance(message, Leave):
-                self._leave(engine, peer, message.rid)
+                answers += self._leave(engine, peer, message.rid)
             elif isinstance(message, Resume):
                 answers += self._resume(peer, message.rid)
             elif isinstance(message, Call) and message.op == "abort":
@@ -166,7 +166,9 @@ class Stepper(threading.Thread):
                 return Rejected(message.rid, "internal", reason)
             if not isinstance(answer, Rejected):
                 self._owners[message.rid] = _Owner(peer, message.sampling.n, message.sampling.n)
-                if message.journal is not None:
+                if message.journal is None:
+                    self._journal.forget(message.rid)  # of an earlier request with this rid
+                else:
                     self._journal.open(message.rid, message.journal, message.sampling.n)
             return answer
         if message.op == "stats":
@@ -195,25 +197,25 @@ class Stepper(threading.Thread):
         outputs = [output for rid, index in named for output in engine.abort(rid, index)]
         return [*self._route(outputs), (peer, Reply(call.id, len({output.rid for output in outputs})))]
 
-    def _forget(self, engine, peer) -> None:
+    def _forget(self, engine, peer) -> list[tuple]:
         """The peer is gone: end its requests, but for those that somebody may resume."""
         self._waiting.forget(peer)
-        for rid in [rid for rid, owner in self._owners.items() if owner.peer is peer]:
-            self._leave(engine, peer, rid)
+        mine = [rid for rid, owner in self._owners.items() if owner.peer is peer]
+        return [message for rid in mine for message in self._leave(engine, peer, rid)]
 
-    def _leave(self, engine, peer, rid: str) -> None:
+    def _leave(self, engine, peer, rid: str) -> list[tuple]:
         owner = self._owners.get(rid)
         if owner is None or owner.peer is not peer:  # it has ended, or somebody else has resumed it
-            return
-        if rid in self._journal:
-            owner.peer = None
-            self._journal.leave(rid)
-        else:
-            self._desert(engine, rid)
+            return []
+        if rid not in self._journal:
+            return self._desert(engine, rid)
+        owner.peer = None
+        self._journal.leave(rid)
+        return []
 
-    def _desert(self, engine, rid: str) -> None:
-        if self._owners.pop(rid, None) is not None:
-            engine.abort(rid)
+    def _desert(self, engine, rid: str) -> list[tuple]:
+        """End a request that nobody listens to. Others are told if the engine lost theirs with it."""
+        return [] if self._owners.pop(rid, None) is None else self._route(engine.abort(rid))
 
     def _resume(self, peer, rid: str) -> list[tuple]:
         """Give this peer all that the request has had, and from now on what it gets; whoever had it is told."""
