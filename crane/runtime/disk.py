@@ -65,13 +65,13 @@ def next_name(name: bytes, tokens: tuple[int, ...]) -> bytes:
 
 @dataclass(eq=False)
 class Job:
-    """Pages to be written or read: (name, every token up to its last, buffer) each, in the order of the text.
+    """Pages to be written or read: (name, every token up to its last as uint32, buffer) each, in the text's order.
 
     num_done: how many were; of a read the first so many are in their buffers. epoch: the flushes before it.
     """
 
     kind: str  # "write" | "read" | "flush"
-    pages: list[tuple[bytes, array, memoryview]]
+    pages: list[tuple[bytes, memoryview, memoryview]]
     epoch: int
     num_done: int = 0
     seconds: float = 0.0
@@ -166,7 +166,7 @@ class DiskTier:
             self._shrink()
         return count
 
-    def _write_page(self, name: bytes, tokens: array, buffer: memoryview) -> bool:
+    def _write_page(self, name: bytes, tokens: memoryview, buffer: memoryview) -> bool:
         path = self._path(name)
         if path.exists():
             _touch(path)
@@ -210,7 +210,7 @@ class DiskTier:
             _touch(path)
         return len(job.pages)
 
-    def _read_page(self, file, name: bytes, tokens: array, buffer: memoryview) -> str | None:
+    def _read_page(self, file, name: bytes, tokens: memoryview, buffer: memoryview) -> str | None:
         """What is wrong with a file, or None: then its page is in the buffer."""
         if os.fstat(file.fileno()).st_size != self._file_bytes(len(tokens)):
             return "wrong size"

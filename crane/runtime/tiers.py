@@ -66,7 +66,8 @@ class DiskLink:
     def hand_over(self) -> None:
         """The copies that were due are made: start what was noted."""
         if self._outbox:
-            pages = [(self._name(node), self._text(node), self._buffer(page)) for node, page in self._outbox]
+            texts = _texts([node for node, _ in self._outbox])
+            pages = [(self._name(node), text, self._buffer(page)) for (node, page), text in zip(self._outbox, texts)]
             job = Job("write", pages, self.disk.epoch)
             self._writing[job] = [page for _, page in self._outbox]
             self.disk.submit(job)
@@ -99,10 +100,10 @@ class DiskLink:
         pages = self.pool.take_host_pages(len(names), nodes)
         if pages is None:
             return None
+        text = memoryview(array("I", tokens))  # one for all pages
         ends = [(len(nodes) + place + 1) * size for place in range(len(names))]
-        job = Job("read", [
-            (name, array("I", tokens[:end]), self._buffer(page)) for name, end, page in zip(names, ends, pages)
-        ], self.disk.epoch)  # fmt: skip
+        job = Job("read", [(name, text[:end], self._buffer(page)) for name, end, page in zip(names, ends, pages)],
+                  self.disk.epoch)  # fmt: skip
         self._reads.append(job)
         self._reading[job] = pages, nodes[-1] if nodes else None, sequence.salt
         self._wanted.update(dict.fromkeys(names, job))
@@ -164,11 +165,23 @@ class DiskLink:
             name = node.digest = next_name(name, node.tokens)
         return name
 
-    @staticmethod
-    def _text(node: Node) -> array:
-        """Every token up to this page's last."""
-        parts = []
-        while node is not None:
-            parts.append(node.tokens)
-            node = node.parent
-        return array("I", [token for part in reversed(parts) for token in part])
+
+def _texts(nodes: list[Node]) -> list[memoryview]:
+    """Every token up to each page's last; those of one text, which come in its order, share their memory."""
+    texts: list[memoryview] = []
+    follower = None
+    for node in reversed(nodes):
+        if follower is not None and follower.parent is node:
+            texts.append(texts[-1][: -len(follower.tokens)])
+        else:
+            texts.append(_text(node))
+        follower = node
+    return texts[::-1]
+
+
+def _text(node: Node | None) -> memoryview:
+    parts = []
+    while node is not None:
+        parts.append(node.tokens)
+        node = node.parent
+    return memoryview(array("I", [token for part in reversed(parts) for token in part]))

@@ -188,6 +188,23 @@ def connect(scheduler, memory, disk):
     tables.disk = DiskLink(pool, disk, tables.costs, lambda page: memory.places[pool.num_pages + page])
 
 
+def test_pages_of_one_text_on_their_way_to_and_from_the_disk_share_the_memory_of_its_tokens():
+    scheduler, memory = make(num_pages=32, num_host_pages=128)
+    disk, jobs = FakeDisk(), []
+    connect(scheduler, memory, disk)
+    disk.submit = lambda job: (jobs.append(job), disk.jobs.append(job))
+    for _ in range(2):
+        add(scheduler, "long", list(range(100)), 2)
+        drain(scheduler, memory, disk)
+        scheduler.tables.disk.poll()
+        scheduler.pool.flush()  # memory forgets, the disk does not
+    assert [job.kind for job in jobs[:2]] == ["write", "read"]
+    for job in jobs[:2]:
+        assert len(job.pages) == job.num_done > 20
+        assert len({id(tokens.obj) for _, tokens, _ in job.pages}) == 1
+        assert [tokens.tolist() for _, tokens, _ in job.pages] == [list(range(4 * i + 4)) for i in range(job.num_done)]
+
+
 class SwappingMachine(RuleBasedStateMachine):
     """Random requests on a scheduler with too few pages and a little host memory."""
 
