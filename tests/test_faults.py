@@ -1,6 +1,7 @@
 """What breaks around a server: nothing hangs, nothing is left over, the next start works, and somebody says why."""
 
 import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -156,6 +157,67 @@ def test_a_full_disk_under_the_cache_folder_costs_nothing_but_the_cache(tiny, tm
             resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
         shutil.rmtree(tmp_path / "kv", ignore_errors=True)
     assert answers[0] == answers[1]
+
+
+def unsound(path) -> bool:
+    """Whether a file of the cache folder is not whole: by its size, its name and its checksum."""
+    data = path.read_bytes()
+    named = data[:8] == b"crane-kv" and data[40:72].hex() == path.stem
+    return not named or hashlib.sha256(data[:-32]).digest() != data[-32:]
+
+
+def test_an_engine_killed_while_it_swaps_and_writes_leaves_a_folder_that_the_next_one_can_use(tiny, tmp_path):
+    prompts = [[number, *(7 * number + 3 * i % 40 for i in range(60))] for number in range(6)]
+    bodies = [{"prompt": each, "max_tokens": 120, "ignore_eos": True, "temperature": 0} for each in prompts]
+    folder = tmp_path / "kv"
+    env = {"CRANE_KV_CACHE_DIR": str(folder), "CRANE_PREEMPTION": "swap", "CRANE_HOST_KV_MEMORY": "64m",
+           "CRANE_KV_MEMORY": "400k", "CRANE_DECODE_TOKENS_PER_SEQ": "4", "CRANE_DTYPE": "float32",
+           "CRANE_PAGE_SIZE": "16", "CRANE_ACCESS_LOG": "0", "CRANE_MAX_MODEL_LEN": "256"}  # fmt: skip
+    found, over = [], threading.Event()
+
+    def ask(place):
+        while not over.is_set():
+            salt = f"{place}"  # nobody's pages are of use to another, so all are written
+            status, body = server.post("/v1/completions", {**bodies[place % 6], "cache_salt": salt})
+            found.append((place % 6, status, body))
+            place += 6
+            time.sleep(0 if status == 200 else 0.05)
+
+    with start_server(tiny, env=env) as server:
+        alone = [server.post("/v1/completions", body)[1]["choices"] for body in bodies]
+        askers = [threading.Thread(target=ask, args=(place,)) for place in range(6)]
+        for asker in askers:
+            asker.start()
+        try:
+            for _ in range(2):
+                busy = lambda stats: stats["swaps"] > 5 and stats["disk_pages_written"] > 5  # noqa: E731
+                stats = lambda: server.get("/v1/stats")[1]  # noqa: E731
+                wait_for(lambda: busy(stats()), 10, lambda: str(stats()))
+                killed = server.engine_pid()
+                os.kill(killed, signal.SIGKILL)
+                pages = list(folder.glob("*/*/*.kv"))
+                assert pages and not [path.name for path in pages if unsound(path)]
+                wait_for(lambda: server.engine_pids() not in ([], [killed]))
+                server.wait_ready()
+        finally:
+            over.set()
+            for asker in askers:
+                asker.join(60)
+        assert {status for _, status, _ in found} <= {200, 503}, found
+        given = [(place, body["choices"]) for place, status, body in found if status == 200]
+        assert len(given) > 10 and all(choices == alone[place] for place, choices in given)
+        assert [server.post("/v1/completions", body)[1]["choices"] for body in bodies] == alone
+        stats = server.get("/v1/stats")[1]
+        assert stats["disk_bad_files"] == 0 and stats["disk_writable"] and stats["ledger_faults"] == 0
+        assert stats["free_pages"] == stats["num_pages"] and "Traceback" not in server.log()
+    left = folder / "00" / ".tmp-left"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"half a page")
+    os.utime(left, (1, 1))
+    with start_server(tiny, env=env) as server:  # a new server finds in the folder what the killed ones computed
+        assert [server.post("/v1/completions", body)[1]["choices"] for body in bodies] == alone
+        stats = server.get("/v1/stats")[1]
+        assert stats["disk_cached_tokens"] > 0 and stats["disk_bad_files"] == 0 and not left.exists()
 
 
 STEP = """
