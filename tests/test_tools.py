@@ -69,6 +69,15 @@ def test_api_cost_compares_the_api_with_a_bare_application(tmp_path):
         assert row["ms_per_1000_chunks_of_64"]["bare"] > 0 and row["ms_per_1000_chunks_of_512"]["crane"] > 0
 
 
+def test_profile_step_divides_a_step_into_its_parts(tmp_path):
+    model = make_tiny(tmp_path / "tiny", "qwen2")
+    done = run_tool("profile_step.py", str(model), "--batch", "2", "--context", "8", "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["plain_ms"] > 0 and document["limit_ms"] > 0
+    assert {"products", "attention", "norms", "drawing"} <= document["parts_ms"].keys()
+
+
 def test_fetch_model_finds_the_default_model_in_the_cache_and_checks_it(smollm2):
     done = run_tool("fetch_model.py")
     assert done.returncode == 0 and done.stdout.strip() == str(smollm2)

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import falcon.asgi
@@ -248,6 +249,12 @@ def cpu_s(pid: int) -> float:
     return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
+def is_ready(port: int) -> bool:
+    """Whether crane has found its engine. Raises OSError while it has not."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5) as answer:
+        return answer.status == 200
+
+
 @contextlib.contextmanager
 def served(name: str, port: int, folder: Path, env: dict):
     """gunicorn with one worker of application `name`; yields the worker's pid."""
@@ -262,7 +269,7 @@ def served(name: str, port: int, folder: Path, env: dict):
             with contextlib.suppress(OSError):
                 children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
                 asyncio.run(Client.connect(port))
-                if children:
+                if children and (name == "bare" or is_ready(port)):
                     break
         else:
             raise SystemExit(f"api_cost: {name} did not start:\n{(folder / f'{name}.log').read_text()}")
@@ -308,7 +315,7 @@ async def load(port: int, pid: int, path: str, num_clients: int, num_tokens: int
     """CPU milliseconds of the worker per 1,000 chunks, with every client asking again and again."""
     body = {**BODIES[path], "max_tokens": num_tokens}
     clients = [await Client.connect(port) for _ in range(num_clients)]
-    end_s, num_done = time.monotonic() + seconds, 0
+    num_done = 0
 
     async def ask(client: Client) -> None:
         nonlocal num_done
@@ -317,7 +324,7 @@ async def load(port: int, pid: int, path: str, num_clients: int, num_tokens: int
             num_done += 1
 
     await asyncio.gather(*[client.stream(path, {**body, "max_tokens": 2}) for client in clients])
-    before_s = cpu_s(pid)
+    before_s, end_s = cpu_s(pid), time.monotonic() + seconds
     await asyncio.gather(*map(ask, clients))
     return 1e6 * (cpu_s(pid) - before_s) / (num_done * num_tokens)
 

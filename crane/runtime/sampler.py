@@ -74,7 +74,7 @@ class Sampler:
         self._penalise(logits, sequences, ahead)
         self._bias(logits, sequences, masks, ahead)
         if all(s.sampling.greedy for s in sequences):
-            drawn = logits.argmax(-1)
+            drawn = kernels.best(logits)
         else:
             drawn = sample(logits, **self._parameters(sequences, ahead))
         return drawn.tolist(), self._logprobs(raw, drawn, sequences)

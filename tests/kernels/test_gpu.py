@@ -5,7 +5,8 @@ import torch
 
 from tests.kernels.cases import all_kernels, run_case, tensors
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
 REPETITIONS = 1000
 ALL = [
     pytest.param(kernel, case, dtype, id=f"{kernel.name}-{case.name}-{str(dtype).removeprefix('torch.')}")

@@ -1,5 +1,7 @@
 """Sampling against a slow float64 reference that sorts and cumulates the whole vocabulary."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -145,3 +147,15 @@ def test_log_probabilities_are_log_softmax():
     assert torch.equal(ids, reference.topk(5).indices)
     torch.testing.assert_close(values.double(), reference.topk(5).values, rtol=0, atol=1e-5)
     assert sampling.log_probabilities(logits, places, 0)[1].shape == (3, 0)
+
+
+@pytest.mark.parametrize("width", [5, 4096, 4097, 9000, 12288])
+def test_the_best_column_is_argmaxs_also_with_ties_and_masked_tokens(width):
+    logits = torch.randint(-3, 4, (40, width)).float()  # full of ties
+    logits[:, ::3] = -math.inf
+    logits[7] = -math.inf
+    logits[8, width - 1] = 9.0
+    logits[9, [width // 2, width - 1]] = 9.0
+    wide = torch.full((40, width + 7), 100.0)  # rows of a wider tensor, as without a vocabulary's padding
+    wide[:, :width] = logits
+    assert torch.equal(sampling.best(wide[:, :width]), logits.argmax(-1))
