@@ -13,6 +13,7 @@ costs what one more token costs a step. Both are measured while serving.
 
 import math
 
+from crane.runtime.costs import StepTime
 from crane.runtime.settings import Settings
 from crane.runtime.types import Generate
 
@@ -27,8 +28,6 @@ _OWN_MEMORY = 0.9
 _COMMON_MEMORY = 0.99
 _COST_MEMORY = 0.98
 _PRIOR_WEIGHT = 2.0
-# A step of one token costs as much as so many more tokens do, until it has been measured.
-_TOKENS_A_STEP = 16.0
 
 
 class NgramIndex:
@@ -102,28 +101,16 @@ class Acceptance:
         return (right + _PRIOR_WEIGHT * prior) / (total + _PRIOR_WEIGHT)
 
 
-class StepCost:
-    """Seconds of a step as a line over its tokens, fitted to the latest steps by least squares."""
+class StepCost(StepTime):
+    """Of the latest steps that only decoded."""
 
     def __init__(self):
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
-
-    def learn(self, num_tokens: int, seconds: float) -> None:
-        for name, value in (("_weight", 1.0), ("_x", num_tokens), ("_y", seconds), ("_xx", num_tokens**2),
-                            ("_xy", num_tokens * seconds)):  # fmt: skip
-            setattr(self, name, _COST_MEMORY * getattr(self, name) + value)
+        super().__init__(_COST_MEMORY)
 
     def worth(self, num_rows: int) -> float:
         """How likely a guess must be right to be worth its time, in a step that `num_rows` sequences share."""
-        if not self._y:
-            return num_rows / (_TOKENS_A_STEP + num_rows)
-        x, y = self._x / self._weight, self._y / self._weight
-        spread = self._xx / self._weight - x * x
-        slope = y / (_TOKENS_A_STEP + x)
-        if spread > 0.25:
-            slope = min(max((self._xy / self._weight - x * y) / spread, slope / 16), y / x)
-        start = max(y - slope * x, 0.0)
-        return num_rows * slope / (start + num_rows * slope)
+        base_s, token_s = self.line
+        return num_rows * token_s / (base_s + num_rows * token_s)
 
 
 class Drafts:

@@ -6,6 +6,7 @@ measure, it follows from the mean sizes of requests and the time of a step.
 
 from collections import deque
 
+from crane.runtime.costs import StepTime
 from crane.runtime.scheduler import Scheduler
 from crane.runtime.sequence import Sequence
 from crane.runtime.types import Generate, Plan
@@ -13,37 +14,7 @@ from crane.runtime.types import Generate, Plan
 WINDOW_S = 30.0
 MIN_WINDOW_S, MIN_STARTS = 1.0, 8  # fewer starts than that say little
 MAX_RETRY_S = 60.0  # clients of OpenAI's obey no more than that
-
-
 _MEMORY = 0.99  # what each step leaves of the weight of those before
-_BASE_TOKENS = 16  # as long as all steps were of one size: what they would take without any token is taken for so many
-
-
-class StepTime:
-    """Seconds of a step as a line over its tokens, fitted to the latest steps by least squares."""
-
-    def __init__(self):
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
-
-    def __bool__(self) -> bool:
-        """Whether anything was measured."""
-        return self._y > 0
-
-    def learn(self, num_tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
-        for name, value in (("_weight", 1.0), ("_x", num_tokens), ("_y", seconds), ("_xx", num_tokens**2),
-                            ("_xy", num_tokens * seconds)):  # fmt: skip
-            setattr(self, name, _MEMORY * getattr(self, name) + value)
-
-    @property
-    def line(self) -> tuple[float, float]:
-        """(seconds of any step, seconds of each token)."""
-        x, y = self._x / self._weight, self._y / self._weight
-        spread = self._xx / self._weight - x * x
-        slope = y / (x + _BASE_TOKENS)
-        if spread > 0.25:
-            slope = min(max((self._xy / self._weight - x * y) / spread, slope / 16), y / x)
-        return max(y - slope * x, 0.0), slope
 
 
 class Forecast:
@@ -52,7 +23,7 @@ class Forecast:
     def __init__(self, scheduler: Scheduler, max_queue: int):
         self.max_queue = max_queue
         self._scheduler = scheduler
-        self._time = StepTime()
+        self._time = StepTime(_MEMORY)
         self._starts: deque[tuple[float, int]] = deque()  # when, and how many had started by then
         self._promised_s: dict[str, float] = {}  # until when each tenant's coming places are given away
 
