@@ -53,7 +53,8 @@ def main() -> int:
 
 
 def write_description(url: str, path: Path) -> Path:
-    """The server's OpenAPI document, in which `model` is only ever the served one: else most bodies are a 404."""
+    """The server's OpenAPI document, in which `model` is only ever the served one, else most bodies are a 404, and
+    timeout_s is no shorter than an answer takes, else it is a 504."""
 
     def get(route: str) -> dict:
         request = urllib.request.Request(url + route, headers={"x-api-key": KEY})
@@ -62,8 +63,11 @@ def write_description(url: str, path: Path) -> Path:
 
     name, document = get("/v1/models")["data"][0]["id"], get("/openapi.json")
     for schema in document["components"]["schemas"].values():
-        if "model" in schema.get("properties", {}):
-            schema["properties"]["model"] = {"type": "string", "enum": [name]}
+        known = schema.get("properties", {})
+        if "model" in known:
+            known["model"] = {"type": "string", "enum": [name]}
+        if "timeout_s" in known:
+            known["timeout_s"] = {"type": "number", "minimum": 60, "maximum": 3600}
     path.write_text(json.dumps(document))
     return path
 

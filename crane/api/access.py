@@ -43,6 +43,7 @@ class Access:
         self._num_bytes = 0
         self._generation: Generation | None = None
         self._num_prompt = 0
+        self._accepted = False
         self._over = False
         self.status = 500  # unless an answer says otherwise
         self.request_id = "-"
@@ -51,11 +52,15 @@ class Access:
         """The engine is about to be asked for this. Raises EngineError when it is more than the tenant has left."""
         self._generation = generation
         self._num_prompt = sum(len(request.prompt_ids) for request in generation.requests)
-        if self.lease is not None:
+        if self.lease is not None and not getattr(generation, "resumes", False):  # that is paid for
             most = sum(each.sampling.n * each.sampling.max_tokens for each in generation.requests)
             self.lease.reserve(self._num_prompt + most)
         if self._isolate and self.tenant is not None:
             generation.requests[:] = isolated(generation.requests, self.tenant.id)
+
+    def accepted(self) -> None:
+        """The engine has taken it: from now on it costs the tenant something."""
+        self._accepted = True
 
     def wrote(self, size: int) -> None:
         """So many bytes of the body went out."""
@@ -69,12 +74,20 @@ class Access:
             return
         self._over = True
         if self.lease is not None:
-            asked = self._generation is not None and self.lease.reserved
-            self.lease.end(self._num_prompt + self._generation.num_tokens if asked else 0)
+            self.lease.end(self._cost())
         if self._audit is not None:
             self._audit.add(self._record())
         if self._logs:
             self._write_line()
+
+    def _cost(self) -> int:
+        """Tokens that the request has come to."""
+        generation = self._generation
+        if not (self._accepted and self.lease.reserved):
+            return 0
+        if getattr(generation, "resumes", None) is not None and not generation.finished:
+            return self.lease.reserved  # the engine goes on without its client, who may fetch the rest at any time
+        return self._num_prompt + generation.num_tokens
 
     def _record(self) -> dict:
         record = {

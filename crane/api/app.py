@@ -168,6 +168,13 @@ class App:
             site.link = self._given_link or link_type(site.settings)
             site.link.start()
 
+    def refused(self, client: str, status: int) -> None:
+        """The HTTP layer has answered for us: the lines of a request whose method and path nobody knows."""
+        if self._site is not None:
+            access = self._site.access("-", "-", client)
+            access.status = status
+            access.ends()
+
     def _started_here(self) -> bool:
         return self._site is not None and self._pid == os.getpid()
 

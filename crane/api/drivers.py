@@ -36,7 +36,7 @@ class Resource:
         for endpoint in endpoints:
             responder = self._responder(endpoint, get_site)
             setattr(self, f"on_{endpoint.method.lower()}", responder)
-            if endpoint.method == "GET":
+            if endpoint.method == "GET" and endpoint.content_type != sse.CONTENT_TYPE:
                 self.on_head = responder  # falcon drops the body of a HEAD response itself
 
     def error_reply(self, method: str) -> Callable[[Exception], Reply]:
@@ -278,6 +278,7 @@ async def _generate_async(link, generation: Generation, scope: dict, resp) -> Re
     access.begins(generation)
     stream = tether.hold(_opened(link, generation))
     await stream.accepted()  # so that a refusal still has a status of its own
+    access.accepted()
     if generation.stream:
         resp.set_headers(sse.HEADERS)
         resp.stream = frames_async(link, stream, generation, tether, access)
@@ -299,6 +300,7 @@ def _generate_blocking(link, generation: Generation, environ: dict, resp) -> Rep
     streaming = False
     try:
         stream.accepted(ACCEPT_TIMEOUT_S)
+        access.accepted()
         if generation.stream:
             resp.set_headers(sse.HEADERS)
             resp.stream = BlockingFrames(link, stream, generation, client, access)

@@ -7,13 +7,13 @@ from typing import get_args
 import msgspec
 
 from crane import __version__
-from crane.api import docs_page
+from crane.api import docs_page, sse
 from crane.api.auth import needs_key
 from crane.api.endpoint import JSON, Context, Endpoint, Reply, Request
 from crane.runtime.settings import Settings
 
 _SCHEMAS = "#/components/schemas/{name}"
-_STREAM = "text/event-stream"
+
 _ERRORS = {
     "400": "The request cannot be honoured; `param` names the field.",
     "401": "No valid API key.",
@@ -97,7 +97,7 @@ def _responses(endpoint: Endpoint, settings: Settings) -> dict:
     if "timeout_s" in fields:
         codes.append("504")
     if "stream" in fields:
-        content[_STREAM] = {}
+        content[sse.CONTENT_TYPE] = {}
         text += " With `stream: true`, server-sent events; an error after the first byte is an event of its own."
     if endpoint.body is not None or "{" in endpoint.path:
         codes += ["400", "404"]

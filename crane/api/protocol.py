@@ -20,13 +20,15 @@ log = logging.getLogger("crane.api")
 
 
 class CraneProtocol(ASGIProtocol):
-    """See above. The worker has `settings`, and in `waiting` the connections that are in no request, oldest first."""
+    """See above. The worker has `settings`, in `waiting` the connections that are in no request, oldest first, and in
+    `refused` what takes note of what gets no further than this, or None."""
 
     def __init__(self, worker):
         super().__init__(worker)
         self._limits: Settings = worker.settings
         self._timer: asyncio.TimerHandle | None = None  # until the headers are there, then until the body is
         self._write_timer: asyncio.TimerHandle | None = None
+        self._reached_app = False  # the request that is being read or answered
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -58,6 +60,7 @@ class CraneProtocol(ASGIProtocol):
 
     def _on_headers_complete(self):
         self.worker.waiting.pop(self, None)
+        self._reached_app = True
         self._time_out(self._limits.body_timeout_s, "the request's body did not come")
         return super()._on_headers_complete()
 
@@ -67,6 +70,7 @@ class CraneProtocol(ASGIProtocol):
 
     def _arm_keepalive_timer(self):
         self.worker.waiting[self] = None
+        self._reached_app = False
         super()._arm_keepalive_timer()
 
     def _feed_callback_parser(self, data):
@@ -84,6 +88,9 @@ class CraneProtocol(ASGIProtocol):
         head = f"HTTP/1.1 {status} {self._get_reason_phrase(status)}\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(reply.body)}\r\n{extra}Connection: close\r\n\r\n"
         self._safe_write(head.encode("latin-1") + reply.body)
+        if self.worker.refused is not None and not self._reached_app:
+            peer = self.transport.get_extra_info("peername")
+            self.worker.refused(str(peer[0]) if isinstance(peer, tuple) else "", status)
 
     def _time_out(self, wait_s: float, what: str) -> None:
         self._stop_timer()

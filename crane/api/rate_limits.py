@@ -75,7 +75,9 @@ class Meter:
                 if check and limit and have < want:
                     self.left = left
                     raise _limited(self.tenant, f"{limit} {name} per minute", (want - have) * _MINUTE_S / limit)
-            self.left = (min(left[0] - requests, float(rpm)), min(left[1] - tokens, float(tpm)))
+            # what has no limit runs up no debt, which would count once it gets one
+            self.left = (min(left[0] - requests, float(rpm)) if rpm else 0.0,
+                         min(left[1] - tokens, float(tpm)) if tpm else 0.0)  # fmt: skip
             os.pwrite(self._file.fileno(), _STATE.pack(*self.left, now), 0)
 
     @contextlib.contextmanager

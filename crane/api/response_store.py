@@ -18,17 +18,21 @@ MAX_RECORDS = 4096
 BUSY_S = 5.0
 _TABLE = """
 CREATE TABLE IF NOT EXISTS responses
-    (place INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, size INTEGER, record BLOB)
+    (place INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, tenant TEXT, size INTEGER, record BLOB)
 """
 _SIZES = "CREATE INDEX IF NOT EXISTS sizes ON responses (place, size)"
 _TOTALS = "SELECT COUNT(*), SUM(size) FROM responses"
+_PUT = "INSERT OR REPLACE INTO responses (id, tenant, size, record) VALUES (?, ?, ?, ?)"
 _DROP_OLDEST = "DELETE FROM responses WHERE place = (SELECT MIN(place) FROM responses) RETURNING size"
 
 log = logging.getLogger("crane.api")
 
 
 class ResponseStore:
-    """Records by id, the newest `max_bytes` of them (and MAX_RECORDS at most). Any process and thread may use it."""
+    """Records by id, the newest `max_bytes` of them (and MAX_RECORDS at most). Any process and thread may use it.
+
+    tenant: whose a record is, "" without keys; for others it is not there.
+    """
 
     def __init__(self, path: Path, max_bytes: int):
         self._path = path
@@ -41,35 +45,37 @@ class ResponseStore:
         path = launch.run_dir() / f"{pid}-{launch.process_start(pid)}.responses"
         return cls(path, settings.response_store)
 
-    def put(self, record_id: str, record: bytes) -> None:
+    def put(self, record_id: str, tenant: str, record: bytes) -> None:
         """Keeps a record; older ones make room. What cannot be kept is logged: its answer is already out."""
         if len(record) > self._max_bytes:
             log.warning("response %s of %d bytes is larger than the store", record_id, len(record))
             return
         try:
             with self._open() as database:
-                values = (record_id, len(record), record)
-                database.execute("INSERT OR REPLACE INTO responses (id, size, record) VALUES (?, ?, ?)", values)
+                values = (record_id, tenant, len(record), record)
+                database.execute(_PUT, values)
                 count, size = database.execute(_TOTALS).fetchone()
                 while count > MAX_RECORDS or size > self._max_bytes:
                     count, size = count - 1, size - database.execute(_DROP_OLDEST).fetchone()[0]
         except EngineError as error:
             log.error("response %s is not stored: %s", record_id, error)
 
-    def get(self, record_id: str) -> bytes | None:
+    def get(self, record_id: str, tenant: str) -> bytes | None:
         """The record, or None when there is none (any more). Raises EngineError when the store is broken."""
         if not self._path.exists():
             return None
         with self._open() as database:
-            row = database.execute("SELECT record FROM responses WHERE id = ?", (record_id,)).fetchone()
+            query = "SELECT record FROM responses WHERE id = ? AND tenant = ?"
+            row = database.execute(query, (record_id, tenant)).fetchone()
         return row and row[0]
 
-    def delete(self, record_id: str) -> bool:
+    def delete(self, record_id: str, tenant: str) -> bool:
         """Whether there was such a record. Raises EngineError when the store is broken."""
         if not self._path.exists():
             return False
         with self._open() as database:
-            return database.execute("DELETE FROM responses WHERE id = ?", (record_id,)).rowcount > 0
+            query = "DELETE FROM responses WHERE id = ? AND tenant = ?"
+            return database.execute(query, (record_id, tenant)).rowcount > 0
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

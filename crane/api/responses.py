@@ -43,6 +43,7 @@ class ResponsesGeneration(BlockGeneration):
         self._body = body
         self._items = items
         self._store = store
+        self._tenant = context.tenant
         self._num_events = 0
         self._include = frozenset(body.include or ())
         self._fixed = _echo(body, prompt.sampling) | {"store": store is not None}
@@ -112,7 +113,7 @@ class ResponsesGeneration(BlockGeneration):
             status = endings.get(self.choice.finish_reason, "completed")
         response = self._response(status)
         if self._store is not None:
-            self._store.put(self.id, _json({"response": response, "input": self._items}))
+            self._store.put(self.id, self._tenant, _json({"response": response, "input": self._items}))
         return response
 
     def _response(self, status: str) -> dict[str, Any]:
@@ -211,7 +212,7 @@ def get_response(context: Context, request: Request) -> Reply:
 def delete_response(context: Context, request: Request) -> Reply:
     """DELETE /v1/responses/{id}: forget a stored response. Later turns that name it are refused."""
     response_id = request.params["response_id"]
-    if not ResponseStore.of(context.settings).delete(response_id):
+    if not ResponseStore.of(context.settings).delete(response_id, context.tenant):
         raise _unknown(response_id)
     return Reply(_json({"id": response_id, "object": "response", "deleted": True}))
 
@@ -249,7 +250,7 @@ def _all_items(context: Context, body: ResponsesBody) -> list[dict[str, Any]]:
     previous = body.previous_response_id
     earlier = []
     if previous is not None:
-        raw = ResponseStore.of(context.settings).get(previous)
+        raw = ResponseStore.of(context.settings).get(previous, context.tenant)
         if raw is None:
             message = f"previous_response_id: there is no response {previous[:80]!r} (any more)"
             raise RequestError(message, field="previous_response_id", code="previous_response_not_found")
@@ -300,7 +301,7 @@ def _fitted(
 
 def _record(context: Context, request: Request) -> dict[str, Any]:
     response_id = request.params["response_id"]
-    raw = ResponseStore.of(context.settings).get(response_id)
+    raw = ResponseStore.of(context.settings).get(response_id, context.tenant)
     if raw is None:
         raise _unknown(response_id)
     return msgspec.json.decode(raw)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from crane.api import sse
 from crane.api.bodies import invalid
 from crane.api.endpoint import Answer, Context, Endpoint, Generation, Question, Request
 from crane.api.errors import error_frame
@@ -169,5 +170,5 @@ def _call_ids(stream_id: str, index: int) -> Callable[[], str]:
 
 ENDPOINTS = (
     Endpoint("GET", "/v1/streams/{id}", stream, needs="link", query={"after": {"type": "integer", "minimum": 0}},
-             content_type="text/event-stream"),
+             content_type=sse.CONTENT_TYPE),
 )  # fmt: skip

@@ -2,8 +2,9 @@
 
 import msgspec
 
+CONTENT_TYPE = "text/event-stream"
 HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
+    "Content-Type": f"{CONTENT_TYPE}; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # else a proxy such as nginx holds tokens back
 }

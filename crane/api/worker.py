@@ -50,6 +50,7 @@ class CraneWorker(ASGIWorker):
         self.waiting: dict[CraneProtocol, None] = {}
         self.max_connections = max_connections(self.settings)
         gasgi.ASGIProtocol = CraneProtocol  # gunicorn's worker makes its connections by this name
+        self.refused = getattr(self.asgi, "refused", None)
         self.asgi = _halting(self.asgi)
         super().run()
 

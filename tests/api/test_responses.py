@@ -174,6 +174,22 @@ def test_stored_response_can_be_read_listed_and_deleted(here):
     assert again.status == 400 and again.json()["error"]["code"] == "previous_response_not_found"
 
 
+def test_a_response_of_another_tenant_is_not_there(here, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("sk-1 name=a\nsk-2 name=a\nsk-3 name=b\n")
+    client = here("Yes", settings=Settings(api_key_file=str(keys)))
+    bearers = [{"authorization": f"Bearer sk-{i}"} for i in (1, 2, 3)]
+    made = client.post(PATH, {"input": "x"}, headers=bearers[0]).json()
+    path, turn = f"{PATH}/{made['id']}", {"input": "y", "previous_response_id": made["id"]}
+    for method, where in (("GET", path), ("DELETE", path), ("POST", f"{path}/cancel"), ("GET", f"{path}/input_items")):
+        assert client.request(method, where, headers=bearers[2]).status == 404
+    for where in (PATH, f"{PATH}/input_tokens"):
+        refused = client.post(where, turn, headers=bearers[2])
+        assert refused.status == 400 and refused.json()["error"]["code"] == "previous_response_not_found"
+    assert client.get(path, headers=bearers[1]).json() == made  # the other key of its tenant
+    assert client.post(PATH, turn, headers=bearers[1]).status == 200
+
+
 @pytest.mark.parametrize(
     "query, param", [("limit=0", "limit"), ("limit=x", "limit"), ("order=up", "order"), ("after=x", "after")]
 )
@@ -315,13 +331,13 @@ def test_allowed_tools_are_the_only_ones_shown(here, thinker):
 def test_store_is_bounded_by_bytes_and_by_number(tmp_path, monkeypatch):
     store = ResponseStore(tmp_path / "s", 1000)
     for i in range(20):
-        store.put(f"r{i}", b"x" * 100)
-    assert [i for i in range(20) if store.get(f"r{i}")] == list(range(10, 20))
-    store.put("large", b"x" * 1001)
-    assert store.get("large") is None and store.get("r19")
+        store.put(f"r{i}", "", b"x" * 100)
+    assert [i for i in range(20) if store.get(f"r{i}", "")] == list(range(10, 20))
+    store.put("large", "", b"x" * 1001)
+    assert store.get("large", "") is None and store.get("r19", "")
     monkeypatch.setattr(response_store, "MAX_RECORDS", 3)
-    store.put("r20", b"y")
-    assert [i for i in range(21) if store.get(f"r{i}")] == [18, 19, 20]
+    store.put("r20", "", b"y")
+    assert [i for i in range(21) if store.get(f"r{i}", "")] == [18, 19, 20]
     assert (tmp_path / "s").stat().st_mode & 0o077 == 0
 
 

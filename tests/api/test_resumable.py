@@ -82,6 +82,11 @@ def test_what_cannot_be_resumed_is_refused_by_name(here):
     assert here.link.opened == []
 
 
+def test_looking_at_the_head_of_a_stream_takes_it_from_nobody(here):
+    answer = here.request("HEAD", "/v1/streams/chatcmpl-1")
+    assert answer.status == 405 and here.link.calls == here.link.resumed == []
+
+
 def test_a_stream_of_another_key_is_not_there(client, model):
     here = client(lambda request: speak(model.tokenizer, "Hi", request), settings=Settings(api_key="one,two"))
     first = here.post(CHAT, body(), headers={"authorization": "Bearer one"})

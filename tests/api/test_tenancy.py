@@ -105,6 +105,29 @@ def test_a_request_for_more_than_a_minute_holds_may_run_when_the_minute_is_whole
     assert here.post(TEXT, {"prompt": "a b c", "max_tokens": 100}, headers=bearer("sk-a")).status == 429
 
 
+def test_what_the_engine_refuses_costs_no_tokens(client, model, tmp_path):
+    here = client(lambda request: [EngineError("queue_full", "full")], settings=keyed(tmp_path, "sk-a tpm=100"))
+    assert here.post(TEXT, {"prompt": "a b c", "max_tokens": 5}, headers=bearer("sk-a")).status == 429
+    here.link.script = talk(model)
+    assert here.post(TEXT, {"prompt": "a", "max_tokens": 99}, headers=bearer("sk-a")).status == 200
+
+
+def test_a_resumable_stream_that_was_left_costs_all_it_may_come_to_and_its_rest_nothing(client, model, tmp_path):
+    here = client(talk(model), settings=keyed(tmp_path, "sk-a tpm=1000 rpm=9"))
+    site = here.app.start_blocking() if here.kind == "wsgi" else None
+    body = {"prompt": "a b c", "max_tokens": 200, "stream": True, "resumable": True}
+    here.link.script = lambda request: [*talk(model)(request)[:2], NEVER]
+    here.post(TEXT, body, headers=bearer("sk-a"), leave_after=2)
+    site = site or here.app._site
+    meter, cost = site.meters.of(site.keys.find("sk-a")), len(here.link.opened[0].prompt_ids) + 200
+    assert meter.left[1] == pytest.approx(1000 - cost, abs=2)
+    here.link.script, here.link.answer = talk(model), here.link.opened[0].journal
+    event_id = {"last-event-id": f"{here.link.opened[0].rid}:1"}
+    for _ in range(3):
+        assert here.post(TEXT, body, headers={**bearer("sk-a"), **event_id}).status == 200
+    assert meter.left[1] == pytest.approx(1000 - cost, abs=60) and len(here.link.opened) == 1
+
+
 def test_requests_at_once_are_counted_and_end_with_their_answers(client, model, tmp_path):
     settings = keyed(tmp_path, "sk-a concurrent=1")
     here = client(talk(model), settings=settings)
@@ -146,6 +169,15 @@ def test_buckets_fill_up_again_with_the_clock_and_never_over_the_brim(monkeypatc
     now[0] -= 7200  # a clock that steps back is no gift and no punishment
     with pytest.raises(EngineError):
         meter.take(1, 0)
+
+
+def test_what_had_no_limit_owes_nothing_when_it_gets_one(tmp_path):
+    meter = Meter(Tenant("a", "a" * 32, tpm=100), tmp_path / "meter")
+    for _ in range(50):
+        meter.admit().reserve(2)
+    meter = Meter(Tenant("a", "a" * 32, rpm=60_000_000), tmp_path / "meter")  # a key file that was read again
+    time.sleep(0.001)
+    meter.admit()
 
 
 HOLD = """
