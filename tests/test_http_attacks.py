@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 import urllib.parse
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ from tests.serving import start_server, wait_for
 from tests.tiny import make_tiny
 
 MAX_CONNECTIONS, MAX_BODY = 150, 200_000
+SOMAXCONN = int(Path("/proc/sys/net/core/somaxconn").read_text())
 HEADER_S, BODY_S, WRITE_S = 1.0, 1.5, 1.5
 GREEDY = {"prompt": "a b", "max_tokens": 6, "temperature": 0}
 ENDLESS = {"prompt": "a", "max_tokens": 50_000, "ignore_eos": True, "temperature": 0, "stream": True}
@@ -74,13 +76,14 @@ def nobody_notices(server, request):
     assert stats["num_pages"] and "Traceback" not in server.log()
 
 
-def dial(server, **options) -> socket.socket:
+def dial(server, wait_s=20, **options) -> socket.socket:
     address = urllib.parse.urlsplit(server.url)
     link = socket.socket()
     for name, value in options.items():
         link.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
-    link.settimeout(20)
+    link.settimeout(wait_s)
     link.connect((address.hostname, address.port))
+    link.settimeout(20)
     return link
 
 
@@ -285,6 +288,18 @@ def test_when_every_connection_is_being_answered_one_more_is_told_so(server):
     for link in links:
         link.close()
     assert [503] in told, told
+
+
+@pytest.mark.skipif(SOMAXCONN < 500, reason="the system lets only a few connections wait")
+def test_a_burst_of_connections_finds_room_for_itself_and_need_not_try_again(server):
+    worker = psutil.Process(server.worker_pids()[0])
+    worker.suspend()
+    try:
+        links = [dial(server, wait_s=0.9) for _ in range(400)]  # else TimeoutError: a second try is a second later
+    finally:
+        worker.resume()
+    for link in links:
+        link.close()
 
 
 def reset(link) -> None:

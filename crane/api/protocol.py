@@ -38,6 +38,7 @@ class CraneProtocol(ASGIProtocol):
             if oldest is None:  # all of them are being answered
                 self._refuse(503, "too many connections", (("Retry-After", "1"),))
                 return
+            del worker.waiting[oldest]  # the next one of a burst has to find another
             oldest.transport.abort()
         worker.waiting[self] = None
         self._time_out(self._limits.header_timeout_s, "the request's headers did not come")

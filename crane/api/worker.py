@@ -35,12 +35,15 @@ log = logging.getLogger("crane.api")
 
 
 class CraneWorker(ASGIWorker):
-    """gunicorn's asgi worker, with three changes.
+    """gunicorn's asgi worker, with four changes.
 
     It gives signs of life while it drains: else gunicorn kills it, and its streams, after `timeout`. An
-    application that cannot start stops the server with one line, from one worker. And connections have the bounds
-    of `protocol.CraneProtocol`.
+    application that cannot start stops the server with one line, from one worker. Connections have the bounds
+    of `protocol.CraneProtocol`. And as many of them may wait to be accepted as gunicorn's `backlog` says: asyncio makes
+    that 100, and the next one of a burst would try again after a second only.
     """
+
+    _widened = False  # the queue of connections to be accepted
 
     def run(self):
         _show_logs()
@@ -64,6 +67,13 @@ class CraneWorker(ASGIWorker):
         self.init_signals()
         self.asgi = self.wsgi
         self.log.info("Using worker: asgi, for concurrent streams (CRANE_WORKER_SWAP=0 keeps sync)")
+
+    def notify(self):
+        super().notify()
+        if self.servers and not self._widened:  # they have just been started
+            self._widened = True
+            for listener in self.sockets:
+                listener.sock.listen(self.cfg.backlog)
 
     async def _shutdown(self):
         beat = asyncio.ensure_future(self._beat())
