@@ -65,8 +65,11 @@ def nobody_notices(server, request):
     done.set()
     bystander.join(30)
     assert not cut or "connection_is_being" in request.node.name or "room_for" in request.node.name, cut
-    answers = [answer for answer in answers if answer[0] != 503 or "connection_is_being" not in request.node.name]
-    assert answers and all(status == 200 and body["choices"] == alone for status, body in answers)
+    if "connection_is_being" in request.node.name:
+        answers = [answer for answer in answers if answer[0] != 503]  # perhaps none got in
+    else:
+        assert answers
+    assert all(status == 200 and body["choices"] == alone for status, body in answers)
     assert slowest[0] < 5, "an answer took long"
     assert (worker.pid, engine) == (server.worker_pids()[0], server.engine_pid())
     wait_for(lambda: worker.num_fds() <= files + 1, 20, lambda: f"{worker.num_fds()} open files, {files} before")
