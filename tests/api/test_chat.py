@@ -253,8 +253,9 @@ def test_request_wins_over_generation_config_wins_over_defaults(client, say, mod
 
 def test_max_completion_tokens_is_the_new_name_of_max_tokens(client, say):
     here = client(say("x"))
-    here.post(PATH, {**HELLO, "max_completion_tokens": 9, "max_tokens": 9})
-    assert here.link.opened[0].sampling.max_tokens == 9
+    for fields in ({"max_completion_tokens": 9, "max_tokens": 9}, {"max_completion_tokens": 9}, {"max_tokens": 9}):
+        assert here.post(PATH, {**HELLO, **fields}).status == 200
+        assert here.link.opened[-1].sampling.max_tokens == 9
 
 
 def test_explicit_max_tokens_is_cut_to_the_room_that_the_prompt_leaves(client, say):

@@ -63,7 +63,7 @@ def test_chat_with_every_switch_that_the_client_knows(client):
     assert [choice.index for choice in reply.choices] == [0, 1]
     for choice in reply.choices:
         assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
-        assert bytes(b for token in choice.logprobs.content for b in token.bytes) is not None
+        assert all(bytes(token.bytes).decode("utf-8", "replace") == token.token for token in choice.logprobs.content)
     assert reply.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in reply.choices)
 
 
