@@ -41,10 +41,10 @@ _STALE_S = 3600.0
 _SHRUNK = 0.9
 
 
-def fingerprint(checkpoint: Checkpoint, config: ModelConfig, layout: tuple) -> bytes:
+def fingerprint(checkpoint: Checkpoint, config: ModelConfig, layout: tuple, rounding: tuple) -> bytes:
     """SHA-256 of all that decides what a page of this text contains: every byte of the weights, how they are
-    understood, and the pages' layout (type and shape)."""
-    digest = hashlib.sha256(repr((__version__, dataclasses.asdict(config), layout)).encode())
+    understood, the pages' layout (type and shape), and what else decides how their content is rounded."""
+    digest = hashlib.sha256(repr((__version__, dataclasses.asdict(config), layout, rounding)).encode())
     path = checkpoint.path
     files = [path] if checkpoint.format == "gguf" else sorted((*path.glob("*.safetensors"), path / "config.json"))
     for each in files:

@@ -64,7 +64,7 @@ class Engine:
         devices.load_native(settings, device)
         dtype = devices.pick_dtype(settings, device, config.dtype)
         kv_dtype = devices.pick_kv_dtype(settings, device, dtype)
-        disk = open_disk(settings, checkpoint, config, kv_dtype)
+        disk = open_disk(settings, checkpoint, config, device, dtype, kv_dtype)
         with ThreadPoolExecutor(1) as pool:  # the vocabulary is read while the weights are
             loaded = pool.submit(_load_grammars, checkpoint, config)
             model = load_model(checkpoint, config, device, dtype, progress, devices.is_exact(settings))

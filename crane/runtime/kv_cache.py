@@ -33,17 +33,22 @@ def allocate_pages(config: ModelConfig, num_pages: int, page_size: int, *, dtype
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def open_disk(settings: Settings, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> DiskTier | None:
-    """The disk tier of --kv-cache-dir, or None without. Raises SettingsError when it cannot be as asked."""
+def open_disk(settings: Settings, checkpoint: Checkpoint, config: ModelConfig, device: torch.device,
+              dtype: torch.dtype, kv_dtype: torch.dtype) -> DiskTier | None:
+    """The disk tier of --kv-cache-dir, or None without. Raises SettingsError when it cannot be as asked.
+
+    dtype: the compute type; with the device, --exact and --kernels it decides how pages are rounded.
+    """
     if not settings.kv_cache_dir:
         return None
     if not settings.prefix_cache:
         raise SettingsError("--kv-cache-dir keeps what --no-prefix-cache forbids to keep: give one of them")
-    size = page_bytes(config, settings.page_size, dtype)
-    layout = (str(dtype), settings.page_size, *allocate_pages(config, 1, settings.page_size, dtype=dtype,
-                                                              device=torch.device("meta")).shape)  # fmt: skip
+    size = page_bytes(config, settings.page_size, kv_dtype)
+    page = allocate_pages(config, 1, settings.page_size, dtype=kv_dtype, device=torch.device("meta"))
+    layout = (str(kv_dtype), settings.page_size, *page.shape)
+    rounding = (device.type, str(dtype), settings.exact, settings.kernels)
     return DiskTier(settings.kv_cache_dir, settings.kv_cache_size, size,
-                    lambda: fingerprint(checkpoint, config, layout))  # fmt: skip
+                    lambda: fingerprint(checkpoint, config, layout, rounding))  # fmt: skip
 
 
 class HostPages:

@@ -259,6 +259,16 @@ def test_other_weights_other_types_and_other_salts_find_nothing(tiny, tmp_path, 
     assert ask(make_engine(tiny, tmp_path), salt="a")[1].cached_tokens == 40
 
 
+def test_what_was_rounded_otherwise_is_not_found(tmp_path):
+    model = make_tiny(tmp_path / "gguf", "qwen3", fmt="gguf", quant="Q4_0")
+    folder, settings = tmp_path / "kv", {"dtype": "bfloat16"}
+    first = make_engine(model, folder, **settings)
+    ask(first), first.close()
+    assert ask(make_engine(model, folder, **settings, exact=True))[1].cached_tokens == 0
+    assert ask(make_engine(model, folder, **settings, kernels="torch"))[1].cached_tokens == 0
+    assert ask(make_engine(model, folder, **settings))[1].cached_tokens == 40
+
+
 def test_a_flush_empties_the_disk_too(tiny, tmp_path):
     engine = make_engine(tiny, tmp_path)
     ask(engine)
