@@ -18,11 +18,19 @@ from crane.errors import CraneError, SettingsError
 from crane.runtime import launch
 from crane.runtime.settings import Settings, parse
 
-# The seed's flags come first in --help; the others by the process they shape.
-_COMMON = (
-    "model_path", "model_type", "model_name", "host", "port", "cpu", "max_concurrent",
-    "decode_tokens_per_seq", "format",
-)
+# the groups of --help, by the setting that each begins with, in the order of Settings
+_GROUPS = {
+    "model_path": "model and server",
+    "dtype": "engine: how it computes",
+    "page_size": "engine: memory for keys and values",
+    "max_model_len": "engine: steps and guessed tokens",
+    "max_queue": "engine: who runs first",
+    "step_timeout_s": "engine: what it watches and keeps",
+    "reasoning_field": "API workers",
+    "max_body": "API workers: what one request may ask for, at most",
+    "max_connections": "API workers: what one client may take, at most",
+    "api_key": "API workers: keys and logs",
+}
 _BENCHES = {"engine": bench_engine, "http": bench_http}
 WORKER_TIMEOUT_S = 120
 KEEPALIVE_S = 5
@@ -61,11 +69,9 @@ def main_oai(argv: Sequence[str] | None = None) -> int:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every setting. Flags that are not given leave no attribute."""
-    common = parser.add_argument_group("model and server")
-    engine = parser.add_argument_group("engine")
-    api = parser.add_argument_group("API workers")
     for spec in dataclasses.fields(Settings):
-        group = common if spec.name in _COMMON else api if spec.name in launch.API_SETTINGS else engine
+        if spec.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[spec.name])
         flag = "--" + spec.name.replace("_", "-")
         default = "" if spec.default in ("", False) else f" (default: {_shown(spec)})"
         text = (spec.metadata["help"] + default).replace("%", "%%")

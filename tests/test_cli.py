@@ -28,11 +28,14 @@ def test_every_setting_has_a_flag_and_help_shows_it(capsys):
     with pytest.raises(SystemExit) as end:
         main(["serve", "--help"])
     assert end.value.code == 0
-    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    text = re.sub(r"\s+", " ", shown)
     for spec in dataclasses.fields(Settings):
         assert f"--{spec.name.replace('_', '-')}" in text
         assert spec.metadata["help"] in text
-    assert text.index("model and server:") < text.index("engine:") < text.index("API workers:")
+    _, *groups = [line for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
+    assert groups[0] == "model and server:" and groups[-1] == "API workers: keys and logs:"
+    assert len(groups) == len(set(groups)) == 10
 
 
 def test_the_seeds_flags_have_the_seeds_defaults():

@@ -19,7 +19,7 @@ _ERRORS = {
     "401": "No valid API key.",
     "404": "No such thing, or a model that is not served here.",
     "413": "The body is too large.",
-    "429": "The queue is full; Retry-After says when to come back.",
+    "429": "The queue is full, or a limit of the key is reached; Retry-After says when to come back.",
     "500": "A fault of the server.",
     "503": "The engine is loading, draining or gone; Retry-After says when to come back.",
     "504": "The request's timeout_s was over before its first token.",
