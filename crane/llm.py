@@ -7,6 +7,7 @@
 """
 
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,15 @@ class LLM:
         self.tokenizer = load_tokenizer(checkpoint)
         self.chat_template = load_chat_template(checkpoint, self.tokenizer, config.model_type)
         self.engine = Engine(self.settings)
+        while self.engine.prepare():  # now, because nobody waits yet
+            pass
         self._rids = itertools.count()
+        self._end = weakref.finalize(self, self.engine.close)
+
+    def close(self) -> None:
+        """Finish writing to `kv_cache_dir` what was computed, for a few seconds at most; afterwards nothing more is
+        written. Happens by itself at the latest when the interpreter ends."""
+        self._end()
 
     def generate(self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Completion]:
         """Complete one prompt or several (text, or token ids): one Completion per prompt and choice, in order.

@@ -1,10 +1,15 @@
 """`from crane import LLM`: the engine without HTTP."""
 
+import subprocess
+import sys
+
 import msgspec
 import pytest
 
 from crane import LLM, SamplingParams
 from crane.errors import ModelError, RequestError, SettingsError
+from crane.runtime.engine import Engine
+from tests.serving import ROOT
 from tests.tiny import make_tiny
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -52,6 +57,30 @@ def test_a_stop_string_in_the_first_token_leaves_nothing_running(llm):
     cut = llm.generate("The quick", msgspec.structs.replace(GREEDY, stop=(plain.text[0],)))[0]
     assert (cut.text, cut.finish_reason, cut.usage.completion_tokens) == ("", "stop", 1)
     assert not llm.engine.has_work
+
+
+WRITES = """
+import sys, time
+from crane import LLM, SamplingParams
+llm = LLM(sys.argv[1], dtype="float32", cpu=True, threads=1, page_size=4, kv_memory=1 << 24, kv_cache_dir=sys.argv[2])
+while not llm.engine.memory.disk.disk.ready:
+    time.sleep(0.01)
+llm.generate([[i + 1, *range(3, 200)] for i in range(16)], SamplingParams(max_tokens=2, temperature=0.0))
+"""
+
+
+def test_what_goes_to_the_cache_folder_is_written_to_the_end_when_the_program_ends(tmp_path):
+    path, folder = make_tiny(tmp_path / "tiny", "qwen2"), tmp_path / "kv"
+    subprocess.run([sys.executable, "-c", WRITES, path, folder], check=True, cwd=ROOT)
+    names = [each.name for each in folder.rglob("*") if each.is_file()]
+    assert len(names) == 16 * 49 and not [name for name in names if not name.endswith(".kv")]
+
+
+def test_whatever_can_be_prepared_is_prepared_before_the_first_prompt(llm, monkeypatch):
+    left = [False, True, True]
+    monkeypatch.setattr(Engine, "prepare", lambda self: left.pop())
+    LLM(llm.settings.model_path, dtype="float32", cpu=True, threads=1, max_model_len=128)
+    assert not left
 
 
 def test_chat_renders_the_models_template(llm):

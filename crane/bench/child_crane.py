@@ -19,6 +19,8 @@ def main() -> None:
         engine = Engine(Settings(**json.loads(sys.argv[1])))
     except CraneError as error:
         sys.exit(str(error))
+    while engine.prepare():  # as a server is when it has been idle for a moment
+        pass
     num_asked = 0
 
     def add(rid: str, ids: list[int], **params) -> None:
