@@ -102,7 +102,7 @@ class Access:
             "ms": round(1000 * (time.perf_counter() - self._started_s), 1),
             "first_ms": self._first_s and round(1000 * self._first_s, 1),
         }
-        if self._generation is not None:
+        if self._accepted:
             record |= {"prompt_tokens": self._num_prompt, "completion_tokens": self._generation.num_tokens,
                        "cut": not self._generation.finished}  # fmt: skip
         return record
@@ -113,7 +113,7 @@ class Access:
         if self._first_s is not None:
             words.append(f"first_ms={1000 * self._first_s:.1f}")
         generation = self._generation
-        if generation is not None:
+        if self._accepted:
             words.append(f"prompt_tokens={self._num_prompt} completion_tokens={generation.num_tokens}")
             if not generation.finished:
                 words.append("cut")  # the client left, or the engine was lost

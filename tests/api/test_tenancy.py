@@ -290,12 +290,15 @@ def test_a_line_of_json_per_request_says_who_and_how_much_but_not_what(client, m
     here.post(TEXT, {"prompt": "secret"}, headers=bearer("sk-wrong"))
     os.rename(path, tmp_path / "audit.1")  # as logrotate does
     here.get("/health")
+    here.link.script = lambda request: [EngineError("queue_full", "full")]
+    assert here.post(TEXT, {"prompt": "a"}, headers=bearer("sk-a")).status == 429
     first, second = map(json.loads, (tmp_path / "audit.1").read_text().splitlines())
     assert (first["request_id"], first["key"], first["status"], first["path"]) == ("r1", "alice", 200, TEXT)
     assert first["completion_tokens"] > 0 and first["prompt_tokens"] > 0
     assert first["cut"] is False and first["client"] == "peer"
     assert (second["key"], second["status"]) == (None, 401) and "prompt_tokens" not in second
-    assert json.loads(path.read_text())["path"] == "/health"
+    third, fourth = map(json.loads, path.read_text().splitlines())
+    assert third["path"] == "/health" and fourth["status"] == 429 and not {"cut", "prompt_tokens"} & set(fourth)
     assert "secret" not in (tmp_path / "audit.1").read_text()
 
 
