@@ -70,7 +70,7 @@ class CraneWorker(ASGIWorker):
 
     def notify(self):
         super().notify()
-        if self.servers and not self._widened:  # they have just been started
+        if self.alive and self.servers and not self._widened:  # they have just been started
             self._widened = True
             for listener in self.sockets:
                 listener.sock.listen(self.cfg.backlog)
