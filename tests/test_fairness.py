@@ -98,7 +98,7 @@ def test_a_flood_is_shown_by_class_and_a_plan_tells_what_it_means(server, flood)
 
 
 def test_a_time_limit_ends_what_waits_with_504_and_what_runs_with_what_there_is(server, flood):
-    status, answer = Call(server, "/v1/completions", {**SHORT, "priority": 9, "timeout_s": 0.05}).answer()
+    status, answer = Call(server, "/v1/completions", {**SHORT, "priority": 9, "timeout_s": 0.001}).answer()
     assert (status, answer["error"]["code"]) == (504, "timeout")
     body = {**LONG, "max_tokens": 900, "stream": False, "priority": -9, "timeout_s": 0.2}
     status, answer = Call(server, "/v1/completions", body).answer()

@@ -68,7 +68,8 @@ def test_counters_are_the_same_whichever_worker_answers(server):
 
 def test_the_access_log_has_a_line_from_the_worker_that_answered(server):
     complete(server, x_request_id="find-me")
-    line = r"POST /v1/completions 200 bytes=\d+ ms=\S+ first_ms=\S+ prompt_tokens=\d+ completion_tokens=6 id=find-me"
+    line = (r"POST /v1/completions 200 bytes=\d+ ms=\S+ first_ms=\S+ prompt_tokens=\d+ completion_tokens=6 "
+            r"key=key-[0-9a-f]{8} id=find-me")
     wait_for(lambda: re.search(line, server.log()), 5, server.log)
 
 

@@ -200,7 +200,9 @@ def test_killing_the_arbiter_leaves_no_process(tiny):
 @pytest.mark.parametrize("args", [(), ("-k", "gthread", "--threads", "8")], ids=["asgi", "gthread"])
 def test_sigterm_drains_running_streams_and_refuses_new_ones(tiny, args):
     with start_server(tiny, "--timeout", "2", *args) as server:
-        stream = server.stream("/v1/completions", {**ENDLESS, "max_tokens": 1500}).flowing()
+        # enough work for some seconds: a tiny model alone decodes a token in a millisecond
+        busy = {**ENDLESS, "max_tokens": 1500, "n": 8, "logprobs": 5}
+        stream = server.stream("/v1/completions", busy).flowing()
         engine = server.engine_pid()
         server.process.terminate()
         time.sleep(1.5)

@@ -5,10 +5,17 @@ import random
 import pytest
 import torch
 
+from crane.kernels import native
 from crane.kernels.attention import paged_attention, plan_attention
 from crane.kernels.pages import slot_index, write_kv
 
 NUM_LAYERS = 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_torch():
+    """Engines of earlier tests may have loaded the C kernels, which test_native tests."""
+    native.unload()
 
 
 class Case:
