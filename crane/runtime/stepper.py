@@ -154,35 +154,41 @@ class Stepper(threading.Thread):
             else:
                 answers.append((peer, self._answer(engine, peer, message)))
 
-    def _answer(self, engine, peer, message: Generate | Call):
-        if isinstance(message, Generate):
-            if message.rid in self._owners:
-                return Rejected(message.rid, "duplicate_rid", f"a request with id {message.rid!r} is running")
-            try:
-                answer = engine.add(message)
-            except Exception as error:  # the worker waits for an answer, whatever happened
+    def _answer(self, engine, peer, message: Generate | Call) -> Accepted | Rejected | Reply:
+        """What the worker waits for, whatever happens."""
+        try:
+            return self._add(engine, peer, message) if isinstance(message, Generate) else self._reply(engine, message)
+        except Exception as error:
+            reason = f"the engine failed on this request: {type(error).__name__}"
+            if isinstance(message, Generate):
                 log.exception("request %s cannot be added", message.rid)
-                reason = f"the engine failed on this request: {type(error).__name__}"
                 return Rejected(message.rid, "internal", reason)
-            if not isinstance(answer, Rejected):
-                self._owners[message.rid] = _Owner(peer, message.sampling.n, message.sampling.n)
-                if message.journal is None:
-                    self._journal.forget(message.rid)  # of an earlier request with this rid
-                else:
-                    self._journal.open(message.rid, message.journal, message.sampling.n)
-            return answer
-        if message.op == "stats":
-            return Reply(message.id, msgspec.to_builtins(engine.stats()))
-        if message.op == "journal":
-            return Reply(message.id, self._journal.note(message.payload))
-        if message.op == "trace":
-            return Reply(message.id, engine.trace())
-        if message.op == "metrics":
-            return Reply(message.id, engine.metrics())
-        if message.op == "plan":
-            requests = msgspec.convert(message.payload, list[Generate])
-            return Reply(message.id, [msgspec.to_builtins(engine.plan(request)) for request in requests])
-        return Reply(message.id, error=f"unknown question {message.op!r}")
+            log.exception("question %s cannot be answered", message.op)
+            return Reply(message.id, error=reason)
+
+    def _add(self, engine, peer, message: Generate) -> Accepted | Rejected:
+        if message.rid in self._owners:
+            return Rejected(message.rid, "duplicate_rid", f"a request with id {message.rid!r} is running")
+        answer = engine.add(message)
+        if not isinstance(answer, Rejected):
+            self._owners[message.rid] = _Owner(peer, message.sampling.n, message.sampling.n)
+            if message.journal is None:
+                self._journal.forget(message.rid)  # of an earlier request with this rid
+            else:
+                self._journal.open(message.rid, message.journal, message.sampling.n)
+        return answer
+
+    def _reply(self, engine, call: Call) -> Reply:
+        if call.op == "stats":
+            return Reply(call.id, msgspec.to_builtins(engine.stats()))
+        if call.op == "journal":
+            return Reply(call.id, self._journal.note(call.payload))
+        if call.op == "metrics":
+            return Reply(call.id, engine.metrics())
+        if call.op == "plan":
+            requests = msgspec.convert(call.payload, list[Generate])
+            return Reply(call.id, [msgspec.to_builtins(engine.plan(request)) for request in requests])
+        return Reply(call.id, error=f"unknown question {call.op!r}")
 
     def _abort(self, engine, peer, call: Call) -> list[tuple]:
         """End the requests of any peer whose rid begins with the payload, or all; answers how many.

@@ -82,3 +82,14 @@ def test_what_the_engine_loses_when_somebody_leaves_is_told_to_the_others(tmp_pa
     audience.stepper.run()
     assert audience.outputs("a") == []
     assert audience.outputs("b") == [Output("other", 0, [], finish_reason="error", error="the engine lost its cache")]
+
+
+def test_a_question_that_breaks_the_engine_is_answered_and_costs_nobody_anything(tmp_path):
+    audience = Audience(tmp_path)
+    audience.stepper.post("a", request("mine"))
+    audience.stepper.post("b", Call(1, "plan", "nonsense"))
+    audience.stepper.drain()
+    audience.stepper.run()
+    (reply,) = [message for peer, message in audience.heard if peer == "b"]
+    assert reply == Reply(1, error="the engine failed on this request: ValidationError")
+    assert audience.outputs("a")[-1].finish_reason == "length"
