@@ -118,9 +118,9 @@ async def check(server: Server, options, model: str) -> None:
         raise SettingsError(f"check failed: {streamed.num_tokens} tokens came, not {options.max_tokens}")
 
 
-async def closed_loop(server: Server, options, model: str, num_clients: int) -> list[Result]:
-    """Every client sends its next request when its last one is answered."""
-    rng = random.Random(num_clients)
+async def closed_loop(server: Server, options, model: str, num_clients: int, salt: int) -> list[Result]:
+    """Every client sends its next request when its last one is answered. salt: other prompts for each."""
+    rng = random.Random(1000 * num_clients + salt)
     bodies = [body_for(options, model, rng) for _ in range(max(options.requests, 2 * num_clients))]
     results: list[Result] = []
 
@@ -132,9 +132,9 @@ async def closed_loop(server: Server, options, model: str, num_clients: int) -> 
     return results
 
 
-async def open_loop(server: Server, options, model: str) -> list[Result]:
+async def open_loop(server: Server, options, model: str, salt: int) -> list[Result]:
     """Requests arrive at `--rate` a second, at random, whether or not earlier ones are answered."""
-    rng = random.Random(1)
+    rng = random.Random(salt)
     tasks = []
     for _ in range(options.requests):
         tasks.append(asyncio.create_task(server.stream(body_for(options, model, rng))))
@@ -189,11 +189,11 @@ async def measure(options: argparse.Namespace) -> list[dict]:
     rows = []
     for label, count in _loads(options):
         found: list[list[dict]] = [[] for _ in servers]
-        for _ in range(options.rounds):
+        for salt in range(options.rounds):  # nobody has seen a round's prompts before
             for server, model, seen in zip(servers, models, found):
                 used_s, started_s = cpu_s(options.pid), time.perf_counter()
-                results = await (open_loop(server, options, model) if count is None
-                                 else closed_loop(server, options, model, count))  # fmt: skip
+                results = await (open_loop(server, options, model, salt) if count is None
+                                 else closed_loop(server, options, model, count, salt))  # fmt: skip
                 elapsed_s = time.perf_counter() - started_s
                 pid = options.pid if server is servers[0] else None
                 seen.append(row(label, results, elapsed_s, cpu_s(options.pid) - used_s, pid))
@@ -211,7 +211,7 @@ def _loads(options: argparse.Namespace) -> list[tuple[str, int | None]]:
 
 def _middle(rows: list[dict]) -> dict:
     """The median of every figure."""
-    return {name: value if isinstance(value, str) else statistics.median(row[name] for row in rows)
+    return {name: value if isinstance(value, str) else round(statistics.median(row[name] for row in rows), 2)
             for name, value in rows[0].items()}  # fmt: skip
 
 
