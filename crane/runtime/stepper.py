@@ -185,6 +185,8 @@ class Stepper(threading.Thread):
             return Reply(call.id, self._journal.note(call.payload))
         if call.op == "metrics":
             return Reply(call.id, engine.metrics())
+        if call.op == "trace":
+            return Reply(call.id, engine.trace())
         if call.op == "plan":
             requests = msgspec.convert(call.payload, list[Generate])
             return Reply(call.id, [msgspec.to_builtins(engine.plan(request)) for request in requests])
