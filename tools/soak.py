@@ -2,15 +2,16 @@
 """Drive a server of its own with everything at once, kill parts of it, and check every answer and every leak.
 
     python tools/soak.py                              10,000 requests to a tiny model: about two minutes
-    python tools/soak.py --seconds 3600 --kill-every 60 --requests 100000000
+    python tools/soak.py --seconds 3600 --kill-every 30 --requests 100000000            an hour
     python tools/soak.py --workers 2 --concurrency 64 --kill-every 5
 
 Each kind of request is first asked alone; then thousands of them are in flight together, streamed and not, among
-clients that leave, abort, read slowly, send nonsense or ask for more than the queue holds. In the first part of the
-run API workers and the engine are killed with SIGKILL every so often; the rest is undisturbed, and what it leaves
-behind is compared with what was there at its start. Exit status 1 for: an answer that differs from the one alone, a
-stream that was lost without a kill, a request that hangs, pages, descriptors or threads that are not given back,
-memory that grows. Run it in the repository: it makes its model and starts its server as the tests do.
+clients that leave, abort, read slowly, send nonsense or ask for more than the queue holds. In the first three tenths of
+the run, by time or by requests, API workers and the engine are killed with SIGKILL every so often; the last six are
+undisturbed, and what they leave behind is compared with what was there at their start. Exit status 1 for: an answer
+that differs from the one alone, a stream that was lost without a kill, a request that hangs, pages, descriptors or
+threads that are not given back, memory that grows. Run it in the repository: it makes its model and starts its server
+as the tests do.
 """
 
 import argparse
@@ -224,7 +225,7 @@ class Soak:
         self.random = random.Random(options.seed)
         self.alone: list[dict] = []
         self.kills: list[float] = []
-        self.end_s = time.monotonic() + options.seconds
+        self.end_s = 0.0
         self.started = 0
 
     async def learn(self) -> None:
@@ -234,9 +235,10 @@ class Soak:
             assert status == 200, (path, body, answer)
             self.alone.append(answer)
 
-    async def run(self, count: int, killing: bool) -> None:
-        """So many requests, or until time is up."""
-        goal = self.started + count
+    async def run(self, share: float, killing: bool) -> None:
+        """This share of all requests, or of the time."""
+        goal = self.started + round(share * self.options.requests)
+        self.end_s = time.monotonic() + share * self.options.seconds
         killer = asyncio.create_task(self._kill()) if killing and self.options.kill_every else None
         await asyncio.gather(*(self._one_after_another(goal) for _ in range(self.options.concurrency)))
         if killer is not None:
@@ -395,12 +397,11 @@ async def soak(server: Server, options: argparse.Namespace) -> tuple[Tally, str]
     """One run against a ready server: the tally, and a table of it."""
     began, run = time.monotonic(), Soak(server, options)
     await run.learn()
-    tenth = options.requests // 10
-    await run.run(3 * tenth, killing=True)
+    await run.run(0.3, killing=True)
     await asyncio.to_thread(settled, server, run.tally, "after the kills")
-    await run.run(tenth, killing=False)  # who is new has to warm up
+    await run.run(0.1, killing=False)  # who is new has to warm up
     before = await asyncio.to_thread(settled, server, run.tally, "before the undisturbed part")
-    await run.run(options.requests - 4 * tenth, killing=False)
+    await run.run(0.6, killing=False)
     after = await asyncio.to_thread(settled, server, run.tally, "at the end")
     compare(before, after, run.tally)
     if "Traceback" in server.log():
