@@ -7,6 +7,7 @@ from torch import Tensor
 
 from crane.kernels.lang import jit, tl
 from crane.kernels.registry import Case, kernel
+from crane.kernels.transfer import upload
 
 _BLOCK = 4096
 
@@ -34,7 +35,7 @@ def _copy_kernel(source_ptr, target_ptr, numbers_ptr, count, words, BLOCK: tl.co
 
 def _copy_pages_triton(source: Tensor, sources: Sequence[int], target: Tensor, targets: Sequence[int]) -> None:
     words = source[0].nbytes // 16
-    numbers = torch.tensor([list(sources), list(targets)], dtype=torch.int64, device=source.device)
+    numbers = upload([list(sources), list(targets)], torch.int64, source.device)
     grid = (len(sources), -(-words * 4 // _BLOCK))
     _copy_kernel[grid](source.view(torch.int32), target.view(torch.int32), numbers, len(sources), words, BLOCK=_BLOCK,
                        num_warps=8)  # fmt: skip

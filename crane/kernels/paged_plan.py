@@ -11,6 +11,7 @@ from crane.kernels.paged_decode import MAX_QUERY_LEN, paged_decode
 from crane.kernels.paged_prefill import PrefillTiles, paged_prefill, tile_rows
 from crane.kernels.plan_decode import DecodeWork, plan_decode
 from crane.kernels.rows import Rows
+from crane.kernels.transfer import upload
 
 
 @dataclass
@@ -64,8 +65,8 @@ def plan_rows(kv: Tensor, query_lens: list[int], query_starts: list[int], contex
         lengths = [[values[row] for row in rows] for values in (query_starts, query_lens, context_lens)]
         table = page_table
         if len(rows) < len(query_lens):
-            table = page_table[torch.tensor(rows, device=page_table.device)]
-        on_device = torch.tensor(lengths, dtype=torch.int32, device=kv.device)
+            table = page_table[upload(rows, torch.int64, page_table.device)]
+        on_device = upload(lengths, torch.int32, kv.device)
         return Rows(*on_device, table, max(lengths[1]), max(lengths[2]))
 
     plan = plan_decode_rows(pick(short), kv) if short else PagedPlan()

@@ -15,6 +15,7 @@ from crane.kernels import tuning
 from crane.kernels.lang import INTERPRETED, LOG2E, TensorDescriptor, arch, jit, next_power_of_2, tl
 from crane.kernels.registry import Case, kernel
 from crane.kernels.rows import Rows, attend_rows, make_rows, why_not_rows
+from crane.kernels.transfer import upload
 
 # Up to so many query rows a smaller tile wastes less.
 _FEW = 64
@@ -36,7 +37,7 @@ def tile_rows(query_lens: list[int], context_lens: list[int], group: int, head_d
     tiles = [(context_lens[row] - count + min(first + block_m, count * group) // group, row, first)
              for row, count in enumerate(query_lens) for first in range(0, count * group, block_m)]
     tiles.sort(key=lambda tile: -tile[0])
-    return PrefillTiles(torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32, device=device), block_m)
+    return PrefillTiles(upload([tile[1:] for tile in tiles], torch.int32, device), block_m)
 
 
 def _paged_prefill_torch(q: Tensor, kv: Tensor, layer: int, rows: Rows, tiles: PrefillTiles, scale: float,

@@ -3,18 +3,20 @@
 import itertools
 import time
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from crane.kernels.transfer import download, upload
 from crane.models.context import ForwardContext
 from crane.runtime.batch import Batch, Picked, Row
 from crane.runtime.grammar import Constraint
 from crane.runtime.graphs import DecodeGraphs
-from crane.runtime.sampler import Sampler
+from crane.runtime.sampler import Sampler, pack
 from crane.runtime.sequence import Sequence
-from crane.runtime.types import TokenLogprob
 
 # A mask that is not ready so long after the logits costs its sequence this step.
 _MASK_PATIENCE_S = 0.005
@@ -22,6 +24,19 @@ _MASK_PATIENCE_S = 0.005
 _LOGIT_CHUNK = 64
 # Deterministic sequences decode so many at a time, no more and no less.
 _FIXED_ROWS = 8
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step that the device computes, or has computed.
+
+    picked: what will be known of each row. reads: turn what arrived in host memory into numbers there.
+    done: passed when everything has arrived; None where nothing has to be waited for.
+    """
+
+    picked: list[Picked]
+    reads: list[Callable[[], None]] = field(default_factory=list)
+    done: torch.cuda.Event | None = None
 
 
 class ModelRunner:
@@ -41,15 +56,31 @@ class ModelRunner:
         # of sequences whose mean is wanted: the sums of their first hidden states, by how many these are
         self._sums: weakref.WeakKeyDictionary[Sequence, dict[int, Tensor]] = weakref.WeakKeyDictionary()
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> list[Picked]:
         """One step: writes K/V of all rows into their pages, draws a token for each row that samples."""
-        found: dict[int, Picked] = {}
-        for rows, fixed in _parts(batch.rows):
-            found.update(zip(map(id, rows), self._run(rows, fixed), strict=True))
-        return [found[id(row)] for row in batch.rows]
+        return self.collect(self.launch(batch))
 
-    def _run(self, rows: list[Row], fixed: bool) -> list[Picked]:
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Launched:
+        """Give the device a step to compute. The host waits for masks at most, never for the device."""
+        found = {id(row): Picked() for row in batch.rows}
+        step = Launched(list(found.values()))
+        for rows, fixed in _parts(batch.rows):
+            self._launch(rows, fixed, [found[id(row)] for row in rows], step)
+        if self.device.type == "cuda":
+            step.done = torch.cuda.Event()
+            step.done.record()
+        return step
+
+    def collect(self, step: Launched) -> list[Picked]:
+        """What a launched step gave, one entry a row, when the device has computed it."""
+        if step.done is not None:
+            step.done.synchronize()
+        for read in step.reads:
+            read()
+        return step.picked
+
+    def _launch(self, rows: list[Row], fixed: bool, picked: list[Picked], launched: Launched) -> None:
         """One forward pass. fixed: rows of deterministic sequences; several are filled up to `_FIXED_ROWS` by
         computing the last again, so that no product's shape depends on who is there."""
         filled = rows + rows[-1:] * (_FIXED_ROWS - len(rows)) if fixed and rows[0].count == 1 else rows
@@ -57,15 +88,13 @@ class ModelRunner:
         *starts, _ = 0, *itertools.accumulate(row.count for row in filled)
         step = self.graphs.step_for(rows) if self.graphs is not None and not fixed else None
         hidden = self._hidden(filled, starts) if step is None else step.run(rows)  # [num_tokens, hidden]
-        picked = [Picked() for _ in rows]
         for row, found, first in zip(rows, picked, starts):
             if row.sequence.pooling:
-                found.embedding = self._pool(row, hidden[first : first + row.count])
+                self._pool(row, hidden[first : first + row.count], found, launched)
             if row.prompt_logits:
-                found.prompt_logprobs = self._prompt_logprobs(row, hidden[first : first + row.count])
+                self._prompt_logprobs(row, hidden[first : first + row.count], found, launched)
         ends = [start + row.count for row, start in zip(filled, starts)]
-        (self._draw_fixed if fixed else self._draw)(rows, ends, hidden, constrained, picked)
-        return picked
+        (self._draw_fixed if fixed else self._draw)(rows, ends, hidden, constrained, picked, launched)
 
     def _hidden(self, rows: list[Row], query_starts: list[int]) -> Tensor:
         """The model's hidden states of all tokens of these rows: [num_tokens, hidden]."""
@@ -76,7 +105,7 @@ class ModelRunner:
         return self.model(self._ints(token_ids), self._context(rows, query_starts))
 
     def _draw_fixed(self, rows: list[Row], ends: list[int], hidden: Tensor, constrained: dict[int, Constraint],
-                    picked: list[Picked]) -> None:
+                    picked: list[Picked], launched: Launched) -> None:
         """`_draw` of deterministic rows, which have no drafts: the logits of all together, the draws one by one."""
         if not any(row.samples for row in rows):
             return
@@ -85,11 +114,10 @@ class ModelRunner:
         for i, row in enumerate(rows):
             if row.samples and masks.get(i, 0) is not None:
                 mask = {0: masks[i]} if i in masks else {}
-                drawn, logprobs = self.sampler.pick(logits[i : i + 1], [row.sequence], mask, [()])
-                picked[i].token_id, picked[i].logprob = drawn[0], logprobs[0]
+                self._pick(logits[i : i + 1], [(row, 0, picked[i])], mask, launched)
 
     def _draw(self, rows: list[Row], ends: list[int], hidden: Tensor, constrained: dict[int, Constraint],
-              picked: list[Picked]) -> None:
+              picked: list[Picked], launched: Launched) -> None:
         """The next token of each row that samples, and one behind each of its drafts, into `picked`.
 
         hidden: [num_tokens, hidden]. ends: where each row's tokens end in it.
@@ -103,16 +131,25 @@ class ModelRunner:
         masks = _take_masks(constrained)
         late = [masks.get(i, 0) is None for i, _ in sampling]
         if any(late):
-            logits = logits[[place for place, is_late in enumerate(late) if not is_late]]
+            logits = logits[self._ints([place for place, is_late in enumerate(late) if not is_late])]
             sampling = [one for one, is_late in zip(sampling, late, strict=True) if not is_late]
         places = {place: masks[i] for place, (i, _) in enumerate(sampling) if i in masks}
-        ahead = [rows[i].drafts[:ahead] for i, ahead in sampling]
-        drawn, logprobs = self.sampler.pick(logits, [rows[i].sequence for i, _ in sampling], places, ahead)
-        for (i, ahead), token_id, logprob in zip(sampling, drawn, logprobs, strict=True):
-            if ahead:
-                picked[i].after_drafts.append((token_id, logprob))
-            else:
-                picked[i].token_id, picked[i].logprob = token_id, logprob
+        self._pick(logits, [(rows[i], ahead, picked[i]) for i, ahead in sampling], places, launched)
+
+    def _pick(self, logits: Tensor, wanted: list[tuple[Row, int, Picked]], masks: dict[int, np.ndarray],
+              launched: Launched) -> None:
+        """Draw a token for each row of logits: of which row, how many of its drafts come before, and who is told."""
+        ahead = [row.drafts[:count] for row, count, _ in wanted]
+        drawn = self.sampler.launch(logits, [row.sequence for row, _, _ in wanted], masks, ahead).fetch()
+
+        def read() -> None:
+            for (_, count, picked), token_id, logprob in zip(wanted, *drawn.read(), strict=True):
+                if count:
+                    picked.after_drafts.append((token_id, logprob))
+                else:
+                    picked.token_id, picked.logprob = token_id, logprob
+
+        launched.reads.append(read)
 
     def free_memory(self) -> None:
         """Give back what torch keeps of the device's memory without using it."""
@@ -140,22 +177,25 @@ class ModelRunner:
             page_size=self.page_size,
         )
 
-    def _pool(self, row: Row, hidden: Tensor) -> list[float] | None:
+    def _pool(self, row: Row, hidden: Tensor, picked: Picked, launched: Launched) -> None:
         """The sequence's last hidden state, or the mean of all, once the row completes it.
 
         hidden: [row.count, hidden].
         """
         sequence = row.sequence
-        complete = row.count == sequence.num_wanted
         if sequence.pooling == "last":
-            return hidden[-1].float().tolist() if complete else None
-        total = hidden.float().sum(0)
-        before = self._sums[sequence][row.start] if row.start else torch.zeros_like(total)
-        total += before
-        self._sums[sequence] = {row.start: before, row.start + row.count: total}  # the step may be computed again
-        return (total / sequence.num_prompt).tolist() if complete else None
+            total, count = hidden[-1].float(), 1
+        else:
+            total, count = hidden.float().sum(0), sequence.num_prompt
+            before = self._sums[sequence][row.start] if row.start else torch.zeros_like(total)
+            total += before
+            # the step may be computed again
+            self._sums[sequence] = {row.start: before, row.start + row.count: total}
+        if row.count == sequence.num_wanted:
+            pooled = download(total / count)
+            launched.reads.append(lambda: setattr(picked, "embedding", pooled.tolist()))
 
-    def _prompt_logprobs(self, row: Row, hidden: Tensor) -> list[TokenLogprob]:
+    def _prompt_logprobs(self, row: Row, hidden: Tensor, picked: Picked, launched: Launched) -> None:
         """Log-probabilities of the prompt tokens that follow the row's positions. hidden: [row.count, hidden]."""
         sequence = row.sequence
         following = sequence.token_ids[row.start + 1 : min(row.start + row.count + 1, sequence.num_prompt)]
@@ -163,11 +203,11 @@ class ModelRunner:
         for start in range(0, len(following), _LOGIT_CHUNK):
             chosen = following[start : start + _LOGIT_CHUNK]
             logits = self.model.logits(hidden[start : start + len(chosen)])
-            found += self.sampler.prompt_logprobs(logits, chosen, sequence)
-        return found
+            found.append(tuple(map(download, self.sampler.prompt_logprobs(logits, chosen, sequence))))
+        launched.reads.append(lambda: picked.prompt_logprobs.extend(entry for part in found for entry in pack(*part)))
 
     def _ints(self, values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return upload(values, torch.int64, self.device)
 
 
 def _parts(rows: list[Row]) -> list[tuple[list[Row], bool]]:

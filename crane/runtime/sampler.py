@@ -1,6 +1,7 @@
 """Per-sequence sampling parameters turned into tensors for `kernels.sampling`."""
 
 import weakref
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from crane.kernels import sampling as kernels
 from crane.kernels.draw import sample, uniforms
+from crane.kernels.transfer import download, upload
 from crane.runtime.sequence import Sequence
 from crane.runtime.types import TokenLogprob
 
@@ -45,6 +47,30 @@ class _Seen:
         return ids, counts
 
 
+@dataclass(slots=True)
+class Drawn:
+    """What `Sampler.launch` draws for some rows of logits.
+
+    ids: int64 [rows]. logprobs: of those that want any, the rows that want the same together: their numbers, and what
+    `log_probabilities` gives for them, the drawn token in the first place.
+    """
+
+    ids: Tensor
+    logprobs: list[tuple[list[int], tuple[Tensor, Tensor, Tensor]]]
+
+    def fetch(self) -> "Drawn":
+        """The same in host memory, once the device has come so far."""
+        return Drawn(download(self.ids), [(rows, tuple(map(download, found))) for rows, found in self.logprobs])
+
+    def read(self) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Token and log-probability (None where not asked for) of each row. Call it on what was fetched."""
+        logprobs: list[TokenLogprob | None] = [None] * len(self.ids)
+        for rows, found in self.logprobs:
+            for row, entry in zip(rows, pack(*found), strict=True):
+                logprobs[row] = entry
+        return self.ids.tolist(), logprobs
+
+
 class Sampler:
     """Picks the next token of each row. Holds, per live sequence, only what penalties need.
 
@@ -56,10 +82,8 @@ class Sampler:
         self.device = device
         self._seen: weakref.WeakKeyDictionary[Sequence, _Seen] = weakref.WeakKeyDictionary()
 
-    def pick(
-        self, logits: Tensor, sequences: list[Sequence], masks: dict[int, np.ndarray], ahead: list
-    ) -> tuple[list[int], list[TokenLogprob | None]]:
-        """One token, and its log-probability when asked for, per row.
+    def launch(self, logits: Tensor, sequences: list[Sequence], masks: dict[int, np.ndarray], ahead: list) -> Drawn:
+        """One token, and its log-probability when asked for, per row. Nothing here waits for the device.
 
         logits: float32 [rows, vocab], changed in place. sequences: whose row it is. masks: of rows that may not
         go on with every token, bits of the allowed ones, uint32 [words], lowest first; at least one is set.
@@ -77,26 +101,30 @@ class Sampler:
             drawn = kernels.best(logits)
         else:
             drawn = sample(logits, **self._parameters(sequences, ahead))
-        return drawn.tolist(), self._logprobs(raw, drawn, sequences)
+        return Drawn(drawn, self._logprobs(raw, drawn, sequences))
 
-    def prompt_logprobs(self, logits: Tensor, chosen: list[int], sequence: Sequence) -> list[TokenLogprob]:
-        """Log-probabilities of known tokens of one sequence. logits: float32 [rows, vocab]; chosen: one id per row."""
+    def prompt_logprobs(self, logits: Tensor, chosen: list[int], sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of known tokens of one sequence, for `pack` once they are in host memory.
+
+        logits: float32 [rows, vocab]; chosen: one id per row.
+        """
         logits = logits[:, : self.vocab_size]
         params = sequence.sampling
-        places = torch.tensor([[i, *params.logprob_ids] for i in chosen], dtype=torch.int64, device=logits.device)
-        return _pack(*kernels.log_probabilities(logits, places, min(params.logprobs or 0, logits.shape[1])))
+        places = self._upload([[i, *params.logprob_ids] for i in chosen])
+        return kernels.log_probabilities(logits, places, min(params.logprobs or 0, logits.shape[1]))
+
+    def _upload(self, values: list | np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
+        return upload(values, dtype, self.device)
 
     def _parameters(self, sequences: list[Sequence], ahead: list) -> dict[str, Tensor]:
         params = [s.sampling for s in sequences]
-        place = {"device": self.device}
-        seeds = torch.tensor([s.seed for s in sequences], dtype=torch.int64, **place)
-        choices = torch.tensor([s.index for s in sequences], **place)
-        positions = torch.tensor([len(s.token_ids) + len(more) for s, more in zip(sequences, ahead)], **place)
+        seeds, choices = self._upload([s.seed for s in sequences]), self._upload([s.index for s in sequences])
+        positions = self._upload([len(s.token_ids) + len(more) for s, more in zip(sequences, ahead)])
         return {
-            "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32, **place),
-            "top_k": torch.tensor([p.top_k for p in params], dtype=torch.int64, **place),
-            "top_p": torch.tensor([p.top_p for p in params], dtype=torch.float32, **place),
-            "min_p": torch.tensor([p.min_p for p in params], dtype=torch.float32, **place),
+            "temperature": self._upload([p.temperature for p in params], torch.float32),
+            "top_k": self._upload([p.top_k for p in params]),
+            "top_p": self._upload([p.top_p for p in params], torch.float32),
+            "min_p": self._upload([p.min_p for p in params], torch.float32),
             "uniform": uniforms(seeds, choices, positions),
         }
 
@@ -115,24 +143,22 @@ class Sampler:
             return
         sizes = [len(part) for part in ids]
 
-        def spread(values, dtype):
-            return torch.from_numpy(np.repeat(np.array(values, dtype), sizes)).to(self.device)
-
-        def joined(parts):
-            return torch.from_numpy(np.concatenate(parts)).to(self.device)
+        def spread(values, dtype=torch.float32):
+            return self._upload(np.repeat(values, sizes), dtype)
 
         params = [sequences[row].sampling for row in rows]
         kernels.penalise(
-            logits, spread(rows, np.int64), joined(ids), counts=joined(counts),
-            repetition=spread([p.repetition_penalty for p in params], np.float32),
-            frequency=spread([p.frequency_penalty for p in params], np.float32),
-            presence=spread([p.presence_penalty for p in params], np.float32),
+            logits, spread(rows, torch.int64), self._upload(np.concatenate(ids)),
+            counts=self._upload(np.concatenate(counts), torch.float32),
+            repetition=spread([p.repetition_penalty for p in params]),
+            frequency=spread([p.frequency_penalty for p in params]),
+            presence=spread([p.presence_penalty for p in params]),
         )
 
     def _mask(self, logits: Tensor, masks: dict[int, np.ndarray]) -> None:
         places = torch.arange(32, dtype=torch.int32, device=self.device)
         for row, bits in masks.items():
-            words = torch.from_numpy(bits.view(np.int32)).to(self.device)
+            words = self._upload(bits.view(np.int32), torch.int32)
             allowed = (words[:, None] >> places).bitwise_and_(1).bool().flatten()[: self.vocab_size]
             logits[row].masked_fill_(~allowed, -torch.inf)
 
@@ -147,27 +173,23 @@ class Sampler:
             ids += bias.keys()
             values += bias.values()
         if rows:
-            logits[torch.tensor(rows, device=self.device), torch.tensor(ids, device=self.device)] += torch.tensor(
-                values, dtype=torch.float32, device=self.device
-            )
+            logits[self._upload(rows), self._upload(ids)] += self._upload(values, torch.float32)
 
-    def _logprobs(self, raw: Tensor, drawn: Tensor, sequences: list[Sequence]) -> list[TokenLogprob | None]:
-        result: list[TokenLogprob | None] = [None] * len(sequences)
+    def _logprobs(self, raw: Tensor, drawn: Tensor, sequences: list[Sequence]) -> list[tuple]:
+        result = []
         groups: dict[tuple, list[int]] = {}  # rows that want the same, nearly always all of them
         for row, sequence in enumerate(sequences):
             if sequence.sampling.logprobs is not None:
                 groups.setdefault((sequence.sampling.logprobs, sequence.sampling.logprob_ids), []).append(row)
         for (num_top, ids), wanted in groups.items():
-            rows = torch.tensor(wanted, device=raw.device)
-            more = torch.tensor(ids, dtype=torch.int64, device=raw.device).expand(len(wanted), -1)
+            rows = self._upload(wanted)
+            more = self._upload(ids).expand(len(wanted), -1)
             places = torch.cat((drawn[rows, None], more), dim=1)
-            found = _pack(*kernels.log_probabilities(raw[rows], places, min(num_top, raw.shape[1])))
-            for row, entry in zip(wanted, found, strict=True):
-                result[row] = entry
+            result.append((wanted, kernels.log_probabilities(raw[rows], places, min(num_top, raw.shape[1]))))
         return result
 
 
-def _pack(picked: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> list[TokenLogprob]:
+def pack(picked: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> list[TokenLogprob]:
     """Rows of `log_probabilities`, whose first place is the token itself."""
     entries = zip(picked.tolist(), top_ids.tolist(), top_logprobs.tolist(), strict=True)
     return [TokenLogprob(first, ids, values, more) for (first, *more), ids, values in entries]
