@@ -102,9 +102,9 @@ class FakeEngine:
     def prepare(self) -> bool:
         return False
 
-    def check(self) -> None:
-        with open(self.folder / "checks", "a") as checks:
-            checks.write(f"{len(self.running)}\n")
+    def rest(self) -> None:
+        with open(self.folder / "rests", "a") as rests:
+            rests.write(f"{len(self.running)}\n")
 
     def close(self) -> None:
         pass

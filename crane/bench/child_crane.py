@@ -6,17 +6,15 @@ import time
 
 from crane.bench.cell import Cell, Timing, answer, prompts
 from crane.errors import CraneError
-from crane.runtime.settings import Settings, prefer_waiting_threads
+from crane.runtime.server import load_engine
+from crane.runtime.settings import Settings
+from crane.runtime.types import Generate, Rejected, SamplingParams
 
 
 def main() -> None:
     """Load the model that the settings name, check it, answer cells."""
-    prefer_waiting_threads()
-    from crane.runtime.engine import Engine
-    from crane.runtime.types import Generate, Rejected, SamplingParams
-
     try:
-        engine = Engine(Settings(**json.loads(sys.argv[1])))
+        engine = load_engine(Settings(**json.loads(sys.argv[1])))
     except CraneError as error:
         sys.exit(str(error))
     while engine.prepare():  # as a server is when it has been idle for a moment

@@ -36,17 +36,6 @@ log = logging.getLogger("crane.engine")
 _GRAMMAR_POLL_S = 0.005
 
 
-def _load_grammars(checkpoint, config) -> GrammarCompiler:
-    """The vocabulary as grammars need it, made now: it takes the interpreter for itself for moments."""
-    tokenizer = load_tokenizer(checkpoint)
-    # A model's embedding is often padded beyond its tokenizer; some fine-tunes add tokens the model lacks:
-    # ids that may be given or drawn are those that both know.
-    vocab_size = min(tokenizer.vocab_size, config.vocab_size)
-    grammars = GrammarCompiler(tokenizer, vocab_size, frozenset(config.eos_token_ids))
-    grammars.prepare().result()
-    return grammars
-
-
 class Engine:
     """One model on one device. All calls come from the thread that made it.
 
@@ -65,11 +54,15 @@ class Engine:
         dtype = devices.pick_dtype(settings, device, config.dtype)
         kv_dtype = devices.pick_kv_dtype(settings, device, dtype)
         disk = open_disk(settings, checkpoint, config, device, dtype, kv_dtype)
-        with ThreadPoolExecutor(1) as pool:  # the vocabulary is read while the weights are
-            loaded = pool.submit(_load_grammars, checkpoint, config)
+        self._eos_ids = frozenset(config.eos_token_ids)
+        with ThreadPoolExecutor(1) as pool:  # the tokenizer is read while the weights are
+            tokenizer = pool.submit(load_tokenizer, checkpoint)
             model = load_model(checkpoint, config, device, dtype, progress, devices.is_exact(settings))
-            self._grammars = loaded.result()
-        vocab_size = self._grammars.vocab_size
+            tokenizer = tokenizer.result()
+        # A model's embedding is often padded beyond its tokenizer; some fine-tunes add tokens the model lacks:
+        # ids that may be given or drawn are those that both know.
+        vocab_size = min(tokenizer.vocab_size, config.vocab_size)
+        self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_ids)
         self.memory = KVMemory(settings, config, device, kv_dtype, disk)
         self._graphs = None
         if settings.cuda_graphs:
@@ -87,7 +80,6 @@ class Engine:
             costs=self.memory.costs,
             disk=self.memory.disk,
         )
-        self._eos_ids = frozenset(config.eos_token_ids)
         self._compiling: list[Sequence] = []  # new sequences whose grammar may yet turn out to be wrong
         self._stats = EngineStats(num_pages=self.memory.pool.num_pages)
         self._recovery = Recovery(lambda batch: self.runner.run(batch), self.runner.free_memory)
@@ -193,8 +185,12 @@ class Engine:
         """Forget all remembered prefixes; returns how many pages become blank."""
         return self.scheduler.flush()
 
-    def check(self) -> None:
-        """Prove, while nothing runs, that every page is accounted for; a ledger that is wrong starts anew, empty."""
+    def rest(self) -> None:
+        """For a second without work: prove that every page is accounted for, and prepare for the first grammar.
+
+        A ledger that is wrong starts anew, empty.
+        """
+        self._grammars.prepare()
         try:
             self.scheduler.check()
         except AssertionError as error:

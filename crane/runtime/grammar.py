@@ -1,9 +1,10 @@
 """Structured output: grammars compiled aside, and which tokens a sequence may go on with.
 
-llguidance does the matching. It is loaded, and the vocabulary handed to it, while the weights are
-read: that keeps the interpreter to itself for moments. Compiling and masks run on threads without
-the interpreter's lock, masks while the model computes the same step's logits. What takes longer
-than that delays the sequence it is for and no other. Torch-free.
+llguidance does the matching. It is loaded, and the vocabulary handed to it, when the engine has
+first been idle for a second, at the latest for the first grammar: that keeps the interpreter to
+itself for moments. Compiling and masks run on threads without the interpreter's lock, masks while
+the model computes the same step's logits. What takes longer than that delays the sequence it is
+for and no other. Torch-free.
 """
 
 import os
@@ -264,7 +265,9 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]):
     import llguidance
 
     wrapper = _Vocabulary(tokenizer, vocab_size, eos_ids)
-    return llguidance.LLTokenizer(wrapper, n_vocab=vocab_size + 1, eos_token=vocab_size)
+    # in two calls, so that a step that runs can go on between them: each keeps the interpreter's lock for 0.2 s
+    plain = llguidance.LLTokenizer(wrapper, n_vocab=vocab_size + 1, eos_token=vocab_size, slices=[])
+    return plain.with_slices(llguidance.LLTokenizer.general_slices())
 
 
 def _validate(grammar: str) -> str | None:

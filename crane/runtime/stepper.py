@@ -23,7 +23,7 @@ log = logging.getLogger("crane.engine")
 
 # So many steps in a row that gave nothing but errors mean that the engine is broken, not a request.
 MAX_BROKEN_STEPS = 5
-# After so long without work the engine proves that it has lost no page, once.
+# After so long without work the engine does, once, what nobody should wait for; see `Engine.rest`.
 IDLE_S = 1.0
 TAKEN = "the stream goes on over another connection"
 # What `post` carries when the loop wants the stepper to end once nothing runs.
@@ -69,7 +69,7 @@ class Stepper(threading.Thread):
         self._unheard: list[str] = []  # requests to end: nobody listens, and nobody can any more
         self._draining = False
         self._num_broken = 0
-        self._checked = True  # nothing was computed since the ledger was checked
+        self._rested = False  # nothing was computed since the engine's last rest
         self.step_since_s: float | None = None  # monotonic: since when the step under way runs; read by the loop
 
     def post(self, peer: Any, message: Generate | Abort | Leave | Resume | Call | None) -> None:
@@ -127,14 +127,14 @@ class Stepper(threading.Thread):
         while True:
             more = wait and engine.prepare()
             try:
-                peer, message = self._inbox.get(wait and not more, None if self._checked else IDLE_S)
+                peer, message = self._inbox.get(wait and not more, None if self._rested else IDLE_S)
             except queue.Empty:
                 if not wait:
                     return answers
                 if more:
                     continue
-                engine.check()
-                self._checked = True
+                engine.rest()
+                self._rested = True
                 continue
             wait = False
             if message is None:
@@ -240,7 +240,7 @@ class Stepper(threading.Thread):
         return answers
 
     def _step(self, engine) -> list[Output]:
-        self._checked = False
+        self._rested = False
         self.step_since_s = time.monotonic()
         try:
             outputs = engine.step()

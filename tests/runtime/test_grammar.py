@@ -433,6 +433,10 @@ def test_marks_of_calls_are_one_token_where_the_vocabulary_has_them(qwen3_tokeni
     assert constraint.finished
 
 
-def test_the_vocabulary_of_grammars_is_ready_when_the_engine_is(tiny):
+def test_the_vocabulary_of_grammars_is_made_when_the_engine_rests_not_before_the_first_token(tiny):
     engine = Engine(Settings(model_path=str(tiny), cpu=True, dtype="float32"))
-    assert engine._grammars.prepare().done(), "else the first grammar holds everybody up"
+    assert engine._grammars._vocabulary is None
+    engine.rest()
+    assert engine._grammars._vocabulary.result(30).vocab_size == engine.info.vocab_size + 1
+    engine.rest()
+    assert engine._grammars.prepare() is engine._grammars._vocabulary

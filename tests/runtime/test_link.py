@@ -433,15 +433,15 @@ def test_a_stuck_step_is_told_with_its_place_and_so_is_its_end(scene, capfd):
     assert log.count("a step has been running") == 1 and "fake_engine.py" in log and "time.sleep(0.01)" in log
 
 
-def test_an_idle_engine_checks_its_ledger_once(scene):
+def test_an_engine_rests_once_after_it_has_loaded_and_once_after_it_has_worked(scene):
     async def script():
         (link,) = await scene.ready()
-        await asyncio.sleep(1.3)
-        checks = scene.folder / "checks"
-        assert not checks.exists()  # nothing has happened yet
+        rests = scene.folder / "rests"
+        await asyncio.sleep(2.5)
+        assert rests.read_text() == "0\n"
         await collect(link.open([request("a")]))
         await asyncio.sleep(2.5)
-        assert checks.read_text() == "0\n"
+        assert rests.read_text() == "0\n0\n"
 
     play(scene, script)
 

@@ -139,11 +139,11 @@ def test_what_is_computed_twice_counts_once(tiny):
 def test_a_ledger_that_is_wrong_is_found_when_the_engine_is_idle_and_starts_anew(tiny, caplog):
     engine = make_engine(tiny)
     plain = tokens_of(run(engine, requests_for(GREEDY)))
-    engine.check()
+    engine.rest()
     assert engine.stats().ledger_faults == 0
     engine.scheduler.pool.take(3)  # somebody who forgets to give back
     with caplog.at_level(logging.CRITICAL, "crane.engine"):
-        engine.check()
+        engine.rest()
     assert "page" in caplog.text and engine.stats().ledger_faults == 1
     assert engine.scheduler.pool.num_free == engine.info.num_pages
     assert tokens_of(run(engine, requests_for(GREEDY))) == plain
