@@ -54,10 +54,12 @@ class Kernel:
     traffic(**arguments): (bytes moved, floating point operations) at least needed, for rooflines.
     elements(function, constants): of one of the twin's Triton functions, elements that one round of its main loop
         handles in one program (the whole program where it has no loop): instructions are counted by them.
+    straight: Triton functions whose work is outside of their loops: counted as a whole.
     """
 
     def __init__(self, name: str, reference: Callable, triton: Callable, why_not: Callable, cases: tuple[Case, ...],
-                 tolerances: dict | None, scratch: tuple[str, ...], traffic: Callable | None, elements: Callable):
+                 tolerances: dict | None, scratch: tuple[str, ...], traffic: Callable | None, elements: Callable,
+                 straight: tuple[str, ...] = ()):
         self.name = name
         self.reference = reference
         self.triton = triton
@@ -67,6 +69,7 @@ class Kernel:
         self.scratch = scratch
         self.traffic = traffic
         self.elements = elements
+        self.straight = straight
         self.mode = "auto"
         self.fallbacks: set[str] = set()
         self.why_not = why_not
@@ -115,7 +118,7 @@ class Kernel:
 
 def kernel(name: str, *, reference: Callable, triton: Callable, why_not: Callable, cases: tuple[Case, ...],
            tolerances: dict | None = None, scratch: tuple[str, ...] = (), traffic: Callable | None = None,
-           elements: Callable = lambda function, constants: constants["BLOCK"],
+           elements: Callable = lambda function, constants: constants["BLOCK"], straight: tuple[str, ...] = (),
            in_c: Callable | None = None) -> Kernel:
     """Pair a torch reference with its Triton twin; see `Kernel`. reference, triton and why_not take the same arguments.
 
@@ -125,7 +128,7 @@ def kernel(name: str, *, reference: Callable, triton: Callable, why_not: Callabl
     """
     assert name not in KERNELS, name
     made = KERNELS[name] = Kernel(name, reference, triton, why_not, cases, tolerances, scratch, traffic,
-                                  elements)
+                                  elements, straight)
     made.in_c = in_c
     return made
 

@@ -8,7 +8,11 @@ state to save, swap or share.
 
 Filters work by value: a token is kept when its logit reaches the threshold, so tokens
 tied at the threshold are all kept and no order among equals is ever invented.
+
+The kernels `draw.sample` and `logprobs.log_probabilities` compute the same on a GPU; this is their reference.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,37 +52,102 @@ def uniforms(seeds: Tensor, choices: Tensor, positions: Tensor) -> Tensor:
     return ((bits[:, 0] << 21) | (bits[:, 1] >> 11)).double() * 2.0**-53
 
 
-def penalise(logits: Tensor, rows: Tensor, ids: Tensor, *, counts: Tensor, repetition: Tensor, frequency: Tensor,
-             presence: Tensor) -> None:
-    """Penalties in place on the listed places only; each (row, id) is listed once.
+@dataclass(frozen=True)
+class Draws:
+    """How each row's token is drawn, [rows] each.
 
-    logits: float32 [rows, vocab]; all others [num_places]. counts: occurrences in the output (0: in the
-    prompt only). Repetition penalty as in CTRL (Keskar et al. 2019): logits above 0 are divided by it,
-    others multiplied; frequency and presence penalties as OpenAI documents them.
+    temperature, top_p, min_p: float32; top_k: int32. Temperature 0 is greedy (ties go to the lowest id), top_k 0 is
+    off. top_p acts on what top_k kept, renormalised; min_p on the ratio to the best. seeds: int64, choices, positions:
+    int32, what the row's number is made of.
     """
-    values = logits[rows, ids]
-    values = torch.where(values > 0, values / repetition, values * repetition)
-    values = values - frequency * counts - presence * (counts > 0)
-    logits[rows, ids] = values
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seeds: Tensor
+    choices: Tensor
+    positions: Tensor
 
 
-def sample(logits: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
-           uniform: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Changes:
+    """What is done to logits before the draw: penalties, then bias, on listed places; and which ids are allowed.
+
+    starts: int32 [rows + 1]: a row's places are starts[row] .. starts[row + 1]. ids: int32 [num_places], each once a
+    row. counts: float32 [num_places], how often the output has the id; 0: the prompt alone has it; -1: neither, no
+    penalty. bias: float32 [num_places]. repetition, frequency, presence: float32 [rows]. Repetition penalty as in
+    CTRL (Keskar et al. 2019): logits above 0 are divided by it, others multiplied; the other two as OpenAI documents
+    them. mask_of: int32 [rows], the row's mask, -1 for none. masks: int32 [num_masks, num_words], a bit for each id,
+    lowest first: 1 is allowed.
+    """
+
+    starts: Tensor
+    ids: Tensor
+    counts: Tensor
+    bias: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
+    mask_of: Tensor
+    masks: Tensor
+
+
+def sample(logits: Tensor, draws: Draws, changes: Changes, keep: bool = True) -> Tensor:
     """Draw one token per row: int64 [rows].
 
-    logits: float32 [rows, vocab], after penalties; banned tokens are -inf. temperature, top_p, min_p:
-    float32 [rows]; top_k: int64 [rows], 0 is off; uniform: float64 [rows]. Temperature 0 is greedy (ties
-    go to the lowest id). top_p acts on what top_k kept, renormalised; min_p on the ratio to the best.
+    logits: float32 [rows, vocab], raw. keep: whether they have to be afterwards what they were.
+    """
+    if keep and len(changes.masks):
+        logits, keep = logits.clone(), False
+    for row, mask in enumerate(changes.mask_of.tolist() if len(changes.masks) else ()):
+        if mask >= 0:
+            _mask(logits[row], changes.masks[mask])
+    if len(changes.ids):
+        rows = torch.arange(len(logits), device=logits.device).repeat_interleave(changes.starts.diff())
+        places = rows, changes.ids.long()
+        before = logits[places]
+        logits[places] = _changed(before, rows, changes)
+    if bool((draws.temperature == 0).all()):
+        drawn = best(logits)
+    else:
+        drawn = draw(logits, temperature=draws.temperature, top_k=draws.top_k, top_p=draws.top_p, min_p=draws.min_p,
+                     uniform=uniforms(draws.seeds, draws.choices.long(), draws.positions.long()))  # fmt: skip
+    if keep and len(changes.ids):
+        logits[places] = before
+    return drawn
+
+
+def _mask(logits: Tensor, words: Tensor) -> None:
+    """Ban what the bits do not allow. logits: [vocab]; words: int32 [num_words]."""
+    places = torch.arange(32, dtype=torch.int32, device=words.device)
+    allowed = (words[:, None] >> places).bitwise_and_(1).bool().flatten()[: len(logits)]
+    logits.masked_fill_(~allowed, -torch.inf)
+
+
+def _changed(values: Tensor, rows: Tensor, changes: Changes) -> Tensor:
+    """The logits at the listed places, [num_places], with penalties and bias. rows: int64 [num_places]."""
+    repetition = changes.repetition[rows]
+    penalised = torch.where(values > 0, values / repetition, values * repetition)
+    penalised = penalised - changes.frequency[rows] * changes.counts - changes.presence[rows] * (changes.counts > 0)
+    return torch.where(changes.counts < 0, values, penalised) + changes.bias
+
+
+def draw(logits: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+         uniform: Tensor) -> Tensor:
+    """Draw one token per row from logits that are changed already: int64 [rows].
+
+    logits: float32 [rows, vocab]; banned tokens are -inf. uniform: float64 [rows]. The others as in `Draws`.
     """
     limit = torch.where(top_k == 0, logits.shape[1], top_k.clamp(max=logits.shape[1]))
     greedy = temperature == 0
     whole = ~greedy & (limit == logits.shape[1]) & (top_p >= 1.0)
     drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    for mask, draw in ((greedy, _draw_greedy), (whole, _draw_whole), (~greedy & ~whole, _draw_filtered)):
+    for mask, way in ((greedy, _draw_greedy), (whole, _draw_whole), (~greedy & ~whole, _draw_filtered)):
         if mask.all():  # the usual case, and a copy of all logits costs more than the draw
-            return draw(logits, temperature, limit, top_p, min_p, uniform)
+            return way(logits, temperature, limit, top_p, min_p, uniform)
         if mask.any():
-            drawn[mask] = draw(*(part[mask] for part in (logits, temperature, limit, top_p, min_p, uniform)))
+            drawn[mask] = way(*(part[mask] for part in (logits, temperature, limit, top_p, min_p, uniform)))
     return drawn
 
 
@@ -202,12 +271,17 @@ def _inverse_transform(logits: Tensor, uniform: Tensor) -> Tensor:
     return chunk[:, 0] * size + (inside <= inside_target).sum(1)
 
 
-def log_probabilities(logits: Tensor, places: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-softmax at `places` and at the `num_top` best of each row.
+def log_probabilities(logits: Tensor, rows: Tensor, tokens: Tensor, listed: Tensor,
+                      num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-softmax, in some rows, at the row's token, at the ids listed and at the `num_top` best.
 
-    logits: float32 [rows, vocab], raw; places: int64 [rows, num_places]. Returns float32 [rows, num_places],
-    int64 [rows, num_top] ids, best first, and float32 [rows, num_top].
+    logits: float32 [num_rows, vocab], raw. rows: int32 [count], ascending. tokens: int64 [num_rows], one for each of
+    the logits' rows. listed: int32 [count, num_listed]. Returns float32 [count, 1 + num_listed], int64 [count, num_top]
+    ids, best first, and float32 [count, num_top].
     """
+    places = torch.cat((tokens[rows, None], listed.long()), dim=1)
+    if len(rows) < len(logits):
+        logits = logits[rows]
     norm = logits.logsumexp(1, keepdim=True)
     best = logits.topk(num_top, dim=1)
     return logits.gather(1, places) - norm, best.indices, best.values - norm

@@ -133,10 +133,11 @@ def _look_at(arch, kernel, case, dtype, function, compiled) -> Variant:
         instructions, registers, counts = _amdgcn(compiled.asm["amdgcn"])
     else:
         instructions, registers, counts = _sass(compiled.asm["cubin"])
+    counted = len(instructions) if function.__name__ in kernel.straight else main_loop(instructions)
     warps = compiled.metadata.num_warps
     lanes = warps * (64 if arch.startswith("gfx") else 32)
     return Variant(arch, kernel.name, case, dtype, function.__name__, warps, registers, compiled.metadata.shared,
-                   counts["spills"], len(instructions), round(main_loop(instructions) * lanes / elements, 3), counts)
+                   counts["spills"], len(instructions), round(counted * lanes / elements, 3), counts)
 
 
 def _sass(cubin: bytes) -> tuple[list[tuple[str | None, str]], int, dict[str, int]]:
