@@ -127,9 +127,11 @@ def _mask(logits: Tensor, words: Tensor) -> None:
 
 def _changed(values: Tensor, rows: Tensor, changes: Changes) -> Tensor:
     """The logits at the listed places, [num_places], with penalties and bias. rows: int64 [num_places]."""
-    repetition = changes.repetition[rows]
+    repetition, frequency, presence = (
+        each.index_select(0, rows) for each in (changes.repetition, changes.frequency, changes.presence)
+    )
     penalised = torch.where(values > 0, values / repetition, values * repetition)
-    penalised = penalised - changes.frequency[rows] * changes.counts - changes.presence[rows] * (changes.counts > 0)
+    penalised = penalised - frequency * changes.counts - presence * (changes.counts > 0)
     return torch.where(changes.counts < 0, values, penalised) + changes.bias
 
 

@@ -1,5 +1,6 @@
-"""Per-sequence sampling parameters turned into tensors for `kernels.sampling`."""
+"""Per-sequence sampling parameters turned into tensors for `kernels.draw` and `kernels.logprobs`."""
 
+import dataclasses
 import weakref
 from dataclasses import dataclass
 
@@ -7,11 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crane.kernels import sampling as kernels
-from crane.kernels.draw import sample, uniforms
-from crane.kernels.transfer import download, upload
+from crane.kernels.draw import sample
+from crane.kernels.logprobs import log_probabilities
+from crane.kernels.sampling import Changes, Draws
+from crane.kernels.transfer import download, upload_all
 from crane.runtime.sequence import Sequence
 from crane.runtime.types import TokenLogprob
+
+
+# What a row without penalties has listed.
+_NO_IDS, _NO_COUNTS = np.empty(0, np.int32), np.empty(0, np.float32)
 
 
 class _Seen:
@@ -19,7 +25,7 @@ class _Seen:
 
     def __init__(self):
         self.places: dict[int, int] = {}
-        self.ids = np.empty(256, np.int64)
+        self.ids = np.empty(256, np.int32)
         self.counts = np.zeros(256, np.float32)
         self.num_read = 0
 
@@ -40,7 +46,7 @@ class _Seen:
         if not token_ids:
             return self.ids[:size], self.counts[:size]
         new = [i for i in dict.fromkeys(token_ids) if i not in self.places]
-        ids = np.concatenate((self.ids[:size], np.array(new, np.int64)))
+        ids = np.concatenate((self.ids[:size], np.array(new, np.int32)))
         counts = np.concatenate((self.counts[:size], np.zeros(len(new), np.float32)))
         for token_id in token_ids:
             counts[self.places[token_id] if token_id in self.places else size + new.index(token_id)] += 1
@@ -51,23 +57,25 @@ class _Seen:
 class Drawn:
     """What `Sampler.launch` draws for some rows of logits.
 
-    ids: int64 [rows]. logprobs: of those that want any, the rows that want the same together: their numbers, and what
-    `log_probabilities` gives for them, the drawn token in the first place.
+    ids: int64 [rows]. wanting: the rows that want log-probabilities, each with how many of the best, and how many listed
+    ones. found: what `log_probabilities` gives for them; None where there are none.
     """
 
     ids: Tensor
-    logprobs: list[tuple[list[int], tuple[Tensor, Tensor, Tensor]]]
+    wanting: list[tuple[int, int, int]]
+    found: tuple[Tensor, Tensor, Tensor] | None
 
     def fetch(self) -> "Drawn":
         """The same in host memory, once the device has come so far."""
-        return Drawn(download(self.ids), [(rows, tuple(map(download, found))) for rows, found in self.logprobs])
+        return Drawn(download(self.ids), self.wanting, self.found and tuple(map(download, self.found)))
 
     def read(self) -> tuple[list[int], list[TokenLogprob | None]]:
         """Token and log-probability (None where not asked for) of each row. Call it on what was fetched."""
         logprobs: list[TokenLogprob | None] = [None] * len(self.ids)
-        for rows, found in self.logprobs:
-            for row, entry in zip(rows, pack(*found), strict=True):
-                logprobs[row] = entry
+        if self.found:
+            for (row, num_top, num_listed), one in zip(self.wanting, pack(*self.found), strict=True):
+                logprobs[row] = TokenLogprob(one.logprob, one.top_ids[:num_top], one.top_logprobs[:num_top],
+                                             one.ids_logprobs[:num_listed])  # fmt: skip
         return self.ids.tolist(), logprobs
 
 
@@ -79,7 +87,8 @@ class Sampler:
 
     def __init__(self, vocab_size: int, device: torch.device):
         self.vocab_size = vocab_size
-        self.device = device
+        # Metal has no float64, which draws are made of; a copy of the logits is cheap there, memory being one
+        self.device = torch.device("cpu") if device.type == "mps" else device
         self._seen: weakref.WeakKeyDictionary[Sequence, _Seen] = weakref.WeakKeyDictionary()
 
     def launch(self, logits: Tensor, sequences: list[Sequence], masks: dict[int, np.ndarray], ahead: list) -> Drawn:
@@ -89,104 +98,86 @@ class Sampler:
         go on with every token, bits of the allowed ones, uint32 [words], lowest first; at least one is set.
         ahead: tokens that each row takes to follow the sequence's own.
         """
-        raw = logits = logits[:, : self.vocab_size]
-        if any(s.sampling.logprobs is not None for s in sequences) and (
-            masks or any(_changes_logits(s) for s in sequences)  # more than enough for rows further on
-        ):
-            logits = raw.clone()  # log-probabilities are those of the raw distribution
-        self._mask(logits, masks)
-        self._penalise(logits, sequences, ahead)
-        self._bias(logits, sequences, masks, ahead)
-        if all(s.sampling.greedy for s in sequences):
-            drawn = kernels.best(logits)
-        else:
-            drawn = sample(logits, **self._parameters(sequences, ahead))
-        return Drawn(drawn, self._logprobs(raw, drawn, sequences))
+        logits = logits[:, : self.vocab_size].to(self.device)
+        wanting = [(row, min(s.sampling.logprobs, logits.shape[1]), len(s.sampling.logprob_ids))
+                   for row, s in enumerate(sequences) if s.sampling.logprobs is not None]  # fmt: skip
+        listed = [sequences[row].sampling.logprob_ids for row, _, _ in wanting]
+        arrays = [*_draws(sequences, ahead), *self._changes(sequences, masks, ahead),
+                  np.array([row for row, _, _ in wanting], np.int32), _rectangle(listed)]  # fmt: skip
+        tensors = upload_all(arrays, self.device)
+        count = len(dataclasses.fields(Draws))
+        draws, changes, (rows, listed) = Draws(*tensors[:count]), Changes(*tensors[count:-2]), tensors[-2:]
+        drawn = sample(logits, draws, changes, bool(wanting))  # log-probabilities are those of the raw distribution
+        if not wanting:
+            return Drawn(drawn, [], None)
+        num_top = max(count for _, count, _ in wanting)
+        return Drawn(drawn, wanting, log_probabilities(logits, rows, drawn, listed, num_top))
 
     def prompt_logprobs(self, logits: Tensor, chosen: list[int], sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of known tokens of one sequence, for `pack` once they are in host memory.
 
         logits: float32 [rows, vocab]; chosen: one id per row.
         """
-        logits = logits[:, : self.vocab_size]
+        logits = logits[:, : self.vocab_size].to(self.device)
         params = sequence.sampling
-        places = self._upload([[i, *params.logprob_ids] for i in chosen])
-        return kernels.log_probabilities(logits, places, min(params.logprobs or 0, logits.shape[1]))
+        rows, listed = np.arange(len(chosen), dtype=np.int32), _rectangle([params.logprob_ids] * len(chosen))
+        rows, tokens, listed = upload_all([rows, np.array(chosen, np.int64), listed], self.device)
+        return log_probabilities(logits, rows, tokens, listed, min(params.logprobs or 0, logits.shape[1]))
 
-    def _upload(self, values: list | np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
-        return upload(values, dtype, self.device)
+    def _changes(self, sequences: list[Sequence], masks: dict[int, np.ndarray], ahead: list) -> list[np.ndarray]:
+        """The fields of `Changes`."""
+        places = [self._places(sequence, row in masks, ahead[row]) for row, sequence in enumerate(sequences)]
+        ids, counts, bias = (np.concatenate(parts) for parts in zip(*places, strict=True))
+        params = [sequence.sampling for sequence in sequences]
+        mask_of = np.full(len(sequences), -1, np.int32)
+        mask_of[list(masks)] = range(len(masks))
+        return [
+            np.cumsum([0, *(len(own) for own, _, _ in places)], dtype=np.int32), ids, counts, bias,
+            np.array([p.repetition_penalty for p in params], np.float32),
+            np.array([p.frequency_penalty for p in params], np.float32),
+            np.array([p.presence_penalty for p in params], np.float32),
+            mask_of, np.stack(list(masks.values())).view(np.int32) if masks else np.empty((0, 0), np.int32),
+        ]  # fmt: skip
 
-    def _parameters(self, sequences: list[Sequence], ahead: list) -> dict[str, Tensor]:
-        params = [s.sampling for s in sequences]
-        seeds, choices = self._upload([s.seed for s in sequences]), self._upload([s.index for s in sequences])
-        positions = self._upload([len(s.token_ids) + len(more) for s, more in zip(sequences, ahead)])
-        return {
-            "temperature": self._upload([p.temperature for p in params], torch.float32),
-            "top_k": self._upload([p.top_k for p in params]),
-            "top_p": self._upload([p.top_p for p in params], torch.float32),
-            "min_p": self._upload([p.min_p for p in params], torch.float32),
-            "uniform": uniforms(seeds, choices, positions),
-        }
+    def _places(self, sequence: Sequence, masked: bool, ahead) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, counts, bias) of the row's places, as in `Changes`."""
+        ids, counts = _NO_IDS, _NO_COUNTS
+        if _penalised(sequence):
+            state = self._seen.get(sequence)
+            if state is None:
+                state = self._seen[sequence] = _Seen()
+            state.catch_up(sequence)
+            ids, counts = state.with_output(ahead)
+        bias = dict(sequence.sampling.logit_bias)
+        # a mask knows when the output may end
+        if sequence.num_output + len(ahead) < sequence.sampling.min_tokens and not masked:
+            bias.update(dict.fromkeys(sequence.stop_ids, -np.inf))
+        values = np.zeros(len(ids), np.float32)
+        if not bias:
+            return ids, counts, values
+        both = np.flatnonzero(np.isin(ids, list(bias)))
+        values[both] = [bias.pop(token_id) for token_id in ids[both].tolist()]
+        return (np.concatenate((ids, np.array(list(bias), np.int32))),
+                np.concatenate((counts, np.full(len(bias), -1, np.float32))),
+                np.concatenate((values, np.array(list(bias.values()), np.float32))))  # fmt: skip
 
-    def _penalise(self, logits: Tensor, sequences: list[Sequence], ahead: list) -> None:
-        rows, ids, counts = [], [], []
-        for row, sequence in enumerate(sequences):
-            if _penalised(sequence):
-                state = self._seen.get(sequence)
-                if state is None:
-                    state = self._seen[sequence] = _Seen()
-                state.catch_up(sequence)
-                rows.append(row)
-                for parts, part in zip((ids, counts), state.with_output(ahead[row])):
-                    parts.append(part)
-        if not rows:
-            return
-        sizes = [len(part) for part in ids]
 
-        def spread(values, dtype=torch.float32):
-            return self._upload(np.repeat(values, sizes), dtype)
+def _draws(sequences: list[Sequence], ahead: list) -> list[np.ndarray]:
+    """The fields of `Draws`."""
+    params = [sequence.sampling for sequence in sequences]
+    return [
+        np.array([p.temperature for p in params], np.float32), np.array([p.top_k for p in params], np.int32),
+        np.array([p.top_p for p in params], np.float32), np.array([p.min_p for p in params], np.float32),
+        np.array([sequence.seed for sequence in sequences], np.int64),
+        np.array([sequence.index for sequence in sequences], np.int32),
+        np.array([len(s.token_ids) + len(more) for s, more in zip(sequences, ahead, strict=True)], np.int32),
+    ]  # fmt: skip
 
-        params = [sequences[row].sampling for row in rows]
-        kernels.penalise(
-            logits, spread(rows, torch.int64), self._upload(np.concatenate(ids)),
-            counts=self._upload(np.concatenate(counts), torch.float32),
-            repetition=spread([p.repetition_penalty for p in params]),
-            frequency=spread([p.frequency_penalty for p in params]),
-            presence=spread([p.presence_penalty for p in params]),
-        )
 
-    def _mask(self, logits: Tensor, masks: dict[int, np.ndarray]) -> None:
-        places = torch.arange(32, dtype=torch.int32, device=self.device)
-        for row, bits in masks.items():
-            words = self._upload(bits.view(np.int32), torch.int32)
-            allowed = (words[:, None] >> places).bitwise_and_(1).bool().flatten()[: self.vocab_size]
-            logits[row].masked_fill_(~allowed, -torch.inf)
-
-    def _bias(self, logits: Tensor, sequences: list[Sequence], masks: dict[int, np.ndarray], ahead: list) -> None:
-        rows, ids, values = [], [], []
-        for row, sequence in enumerate(sequences):
-            bias = dict(sequence.sampling.logit_bias)
-            # a mask knows when the output may end
-            if sequence.num_output + len(ahead[row]) < sequence.sampling.min_tokens and row not in masks:
-                bias.update(dict.fromkeys(sequence.stop_ids, -torch.inf))
-            rows += [row] * len(bias)
-            ids += bias.keys()
-            values += bias.values()
-        if rows:
-            logits[self._upload(rows), self._upload(ids)] += self._upload(values, torch.float32)
-
-    def _logprobs(self, raw: Tensor, drawn: Tensor, sequences: list[Sequence]) -> list[tuple]:
-        result = []
-        groups: dict[tuple, list[int]] = {}  # rows that want the same, nearly always all of them
-        for row, sequence in enumerate(sequences):
-            if sequence.sampling.logprobs is not None:
-                groups.setdefault((sequence.sampling.logprobs, sequence.sampling.logprob_ids), []).append(row)
-        for (num_top, ids), wanted in groups.items():
-            rows = self._upload(wanted)
-            more = self._upload(ids).expand(len(wanted), -1)
-            places = torch.cat((drawn[rows, None], more), dim=1)
-            result.append((wanted, kernels.log_probabilities(raw[rows], places, min(num_top, raw.shape[1]))))
-        return result
+def _rectangle(lists: list[tuple[int, ...]]) -> np.ndarray:
+    """int32 [len(lists), longest], short ones padded with id 0."""
+    longest = max(map(len, lists), default=0)
+    return np.array([[*each, *[0] * (longest - len(each))] for each in lists], np.int32).reshape(len(lists), longest)
 
 
 def pack(picked: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> list[TokenLogprob]:
@@ -198,8 +189,3 @@ def pack(picked: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> list[TokenLog
 def _penalised(sequence: Sequence) -> bool:
     p = sequence.sampling
     return p.repetition_penalty != 1.0 or p.frequency_penalty != 0.0 or p.presence_penalty != 0.0
-
-
-def _changes_logits(sequence: Sequence) -> bool:
-    p = sequence.sampling
-    return _penalised(sequence) or bool(p.logit_bias) or sequence.num_output < p.min_tokens

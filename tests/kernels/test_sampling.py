@@ -1,12 +1,15 @@
 """Sampling against a slow float64 reference that sorts and cumulates the whole vocabulary."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from crane.kernels import draw as draw_kernels
 from crane.kernels import sampling
+from crane.kernels.draw import no_changes
 
 
 def kept_set(logits, temperature, top_k, top_p, min_p):
@@ -32,10 +35,17 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     def column(value, dtype=torch.float32):
         return torch.tensor(value if isinstance(value, list) else [value] * rows, dtype=dtype)
 
-    return sampling.sample(
+    return sampling.draw(
         logits, temperature=column(temperature), top_k=column(top_k, torch.int64), top_p=column(top_p),
         min_p=column(min_p), uniform=column(uniform, torch.float64),
     ).tolist()
+
+
+def greedy(rows):
+    """Draws of rows that all take their best token."""
+    zeros, ones = torch.zeros(rows), torch.ones(rows)
+    ints = zeros.int()
+    return sampling.Draws(zeros, ints, ones, zeros, zeros.long(), ints, ints)
 
 
 @pytest.mark.parametrize(
@@ -126,27 +136,48 @@ def test_a_row_draws_the_same_alone_and_among_neighbours_with_other_filters():
         assert together == alone
 
 
-def test_penalties_change_the_listed_places_only_and_as_defined():
+def test_penalties_and_bias_change_the_listed_places_only_and_as_defined():
     logits = torch.tensor([[2.0, -2.0, 1.0, 0.5], [3.0, 3.0, 3.0, 3.0]])
-    expected = logits.clone()
-    expected[0, 0] = 2.0 / 1.5 - 0.1 * 3 - 0.2  # in the output three times
+    raw, expected = logits.clone(), logits.clone()
+    expected[0, 0] = 2.0 / 1.5 - 0.1 * 3 - 0.2 + 0.25  # in the output three times
     expected[0, 1] = -2.0 * 1.5  # in the prompt only
-    sampling.penalise(
-        logits, torch.tensor([0, 0]), torch.tensor([0, 1]), counts=torch.tensor([3.0, 0.0]),
-        repetition=torch.tensor([1.5, 1.5]), frequency=torch.tensor([0.1, 0.1]), presence=torch.tensor([0.2, 0.2]),
-    )
+    expected[0, 2] = 1.0 - 4.0  # biased, never seen
+    expected[1, 3] = -torch.inf
+    expected[1, :2] = -torch.inf  # masked
+    changes = dataclasses.replace(
+        no_changes(2, "cpu"), starts=torch.tensor([0, 3, 4]).int(), ids=torch.tensor([0, 1, 2, 3]).int(),
+        counts=torch.tensor([3.0, 0.0, -1.0, -1.0]), bias=torch.tensor([0.25, 0.0, -4.0, -torch.inf]),
+        repetition=torch.tensor([1.5, 1.0]), frequency=torch.tensor([0.1, 0.0]), presence=torch.tensor([0.2, 0.0]),
+        mask_of=torch.tensor([-1, 0]).int(), masks=torch.tensor([[0b1100]]).int(),
+    )  # fmt: skip
+    draws = greedy(2)
+    assert sampling.sample(logits, draws, changes).tolist() == expected.argmax(1).tolist() == [0, 2]
+    assert torch.equal(logits, raw)
+    sampling.sample(logits, draws, changes, keep=False)
     torch.testing.assert_close(logits, expected)
 
 
+@pytest.mark.parametrize("case", [case for case in draw_kernels.sample.cases if not case.production],
+                         ids=lambda case: case.name)  # fmt: skip
+def test_a_draw_is_the_same_whether_the_logits_are_kept_or_not(case):
+    torch.manual_seed(1)
+    arguments = case.make("cpu", torch.float32)
+    raw = arguments["logits"].clone()
+    drawn = sampling.sample(**arguments)
+    assert torch.equal(raw, arguments["logits"])
+    assert torch.equal(drawn, sampling.sample(**arguments, keep=False))
+
+
 def test_log_probabilities_are_log_softmax():
-    logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(5, 500, generator=torch.Generator().manual_seed(1))
+    rows, tokens, listed = torch.tensor([0, 2, 3]).int(), torch.tensor([4, 9, 0, 499, 9]), torch.tensor([[1], [0], [7]])
+    picked, ids, values = sampling.log_probabilities(logits, rows, tokens, listed.int(), 5)
+    reference = torch.log_softmax(logits[rows].double(), -1)
     places = torch.tensor([[4, 1], [0, 0], [499, 7]])
-    picked, ids, values = sampling.log_probabilities(logits, places, 5)
-    reference = torch.log_softmax(logits.double(), -1)
     torch.testing.assert_close(picked.double(), reference.gather(1, places), rtol=0, atol=1e-5)
     assert torch.equal(ids, reference.topk(5).indices)
     torch.testing.assert_close(values.double(), reference.topk(5).values, rtol=0, atol=1e-5)
-    assert sampling.log_probabilities(logits, places, 0)[1].shape == (3, 0)
+    assert sampling.log_probabilities(logits, rows, tokens, listed.int(), 0)[1].shape == (3, 0)
 
 
 @pytest.mark.parametrize("width", [5, 4096, 4097, 9000, 12288])

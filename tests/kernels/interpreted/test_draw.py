@@ -1,10 +1,13 @@
 """The drawing kernels beyond their cases: exactly the kept set, and rows that break careless samplers."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
-from crane.kernels import draw
+from crane.kernels import draw, sampling
+from crane.kernels.logprobs import log_probabilities
 from tests.kernels.test_sampling import kept_set
 
 DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -15,15 +18,28 @@ FILTERS = [
 ]  # fmt: skip
 
 
+@functools.cache
+def _numbers():
+    """The uniform numbers of positions 0 .. 2**20 for seed 77, ascending, and their positions."""
+    count = 1 << 20
+    zeros = torch.zeros(count, dtype=torch.int64)
+    return sampling.uniforms(zeros + 77, zeros, torch.arange(count)).sort()
+
+
 def drawn(logits, uniform, **filters):
-    """Ids that the twin draws, and those of the reference."""
+    """Ids that the twin draws, and those of the reference, with (nearly) these uniform numbers."""
     rows, full = len(logits), DEFAULTS | filters
-    arguments = {
-        name: torch.full((rows,), value, dtype=torch.int64 if name == "top_k" else torch.float32)
+    numbers, positions = _numbers()
+    places = torch.searchsorted(numbers, torch.tensor(uniform, dtype=torch.float64)).clamp(max=len(numbers) - 1)
+    columns = {
+        name: torch.full((rows,), value, dtype=torch.int32 if name == "top_k" else torch.float32)
         for name, value in full.items()
     }
-    arguments["uniform"] = torch.tensor(uniform, dtype=torch.float64)
-    return draw.sample.triton(logits, **arguments).tolist(), draw.sample.reference(logits, **arguments).tolist()
+    draws = sampling.Draws(
+        **columns, seeds=torch.full((rows,), 77), choices=torch.zeros(rows).int(), positions=positions[places].int()
+    )
+    both = draw.sample.triton, draw.sample.reference
+    return [each(logits, draws, draw.no_changes(rows, "cpu")).tolist() for each in both]
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
@@ -66,17 +82,28 @@ def test_a_whole_vocabulary_is_drawn_from():
 
 
 def test_frequencies_follow_the_probabilities():
-    """Numbers of the device's generator, all drawn with by the reference, some by the twin."""
-    rows = 4000
+    rows = 400
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]]).repeat(rows, 1)
-    numbers = draw.uniforms.triton(torch.full((rows,), 77), torch.zeros(rows, dtype=torch.int64), torch.arange(rows))
-    some = numbers[:8].tolist()
-    assert len(set(some)) == 8
-    twin, reference = drawn(logits[:8], some)
-    assert twin == reference
-    whole = torch.ones(rows)
-    every = draw.sample.reference(logits, temperature=whole, top_k=torch.zeros(rows, dtype=torch.int64), top_p=whole,
-                                  min_p=torch.zeros(rows), uniform=numbers)  # fmt: skip
-    counts = np.bincount(every, minlength=5)
+    ones, zeros = torch.ones(rows), torch.zeros(rows)
+    seeds, ints = torch.arange(rows) << 33, torch.zeros(rows).int()  # the high half of the seed counts, too
+    draws = sampling.Draws(ones, ints, ones, zeros, seeds, ints, ints)
+    found = draw.sample.reference(logits, draws, draw.no_changes(rows, "cpu"))
+    assert torch.equal(draw.sample.triton(logits[:20], sampling.Draws(*(each[:20] for each in vars(draws).values())),
+                                          draw.no_changes(20, "cpu")), found[:20])  # fmt: skip
     expected = torch.softmax(logits[0], -1).numpy() * rows
+    counts = np.bincount(found, minlength=5)
     assert ((counts - expected) ** 2 / expected).sum() < 18.5  # chi-square, 4 degrees of freedom: p < 0.001 beyond
+
+
+@pytest.mark.parametrize("vocab", [97, 5000])
+def test_log_probabilities_put_equal_logits_in_the_order_of_their_ids(vocab):
+    logits = torch.randn(2, vocab, generator=torch.Generator().manual_seed(5)).mul(2).round()  # full of ties
+    logits[1, 3::2] = -torch.inf
+    tokens = torch.tensor([1, 2])
+    rows, listed = torch.tensor([0, 1]).int(), torch.zeros(2, 0).int()
+    picked, ids, values = log_probabilities.triton(logits, rows, tokens, listed, 60)
+    order = logits.sort(dim=1, descending=True, stable=True)
+    exact = torch.log_softmax(logits.double(), 1)
+    assert torch.equal(ids, order.indices[:, :60])
+    torch.testing.assert_close(values.double(), exact.gather(1, ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(picked.double(), exact.gather(1, tokens[:, None]), rtol=0, atol=1e-5)
