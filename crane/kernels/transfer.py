@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 
-def upload(values: list | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+def upload(values: list | np.ndarray, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """These numbers on the device: a tensor of `dtype`, shaped as they are. The device copies them when it comes to it.
 
     From pinned memory, which torch gives to nobody else before the copy is made; from other memory the copy would
     wait for all that the device has to do.
     """
-    if device.type != "cuda":
+    if torch.device(device).type != "cuda":
         return torch.as_tensor(values, dtype=dtype).to(device)
     return torch.as_tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 

@@ -57,8 +57,8 @@ class _Seen:
 class Drawn:
     """What `Sampler.launch` draws for some rows of logits.
 
-    ids: int64 [rows]. wanting: the rows that want log-probabilities, each with how many of the best, and how many listed
-    ones. found: what `log_probabilities` gives for them; None where there are none.
+    ids: int64 [rows]. wanting: the rows that want log-probabilities, each with how many of the best and how many
+    listed ones. found: what `log_probabilities` gives for them; None where there are none.
     """
 
     ids: Tensor
