@@ -133,6 +133,8 @@ class ModelRunner:
         if any(late):
             logits = logits[self._ints([place for place, is_late in enumerate(late) if not is_late])]
             sampling = [one for one, is_late in zip(sampling, late, strict=True) if not is_late]
+            if not sampling:
+                return
         places = {place: masks[i] for place, (i, _) in enumerate(sampling) if i in masks}
         self._pick(logits, [(rows[i], ahead, picked[i]) for i, ahead in sampling], places, launched)
 
