@@ -21,11 +21,12 @@ from crane.api import (
 from crane.api.access import Access, AuditLog, WatchedBody, access_of
 from crane.api.access import log as access_log
 from crane.api.auth import Gate, Keys, load_keys
-from crane.api.drivers import AsgiResource, Tether, WsgiResource, put, put_error
+from crane.api.drivers import AsgiResource, WsgiResource, put, put_error
 from crane.api.endpoint import Context, Endpoint, Reply
 from crane.api.errors import http_error_reply, not_ready
 from crane.api.rate_limits import Meters
 from crane.api.served import ServedModel
+from crane.api.tether import Pulse, Tether
 from crane.errors import CraneError, ModelError, RequestError
 from crane.runtime.client import Link, LinkThread
 from crane.runtime.launch import own_arbiter
@@ -102,6 +103,7 @@ class App:
         self._site: Site | None = None
         self._pid = 0
         self._starting: asyncio.Task | None = None
+        self._pulse = Pulse()
         self._warned = False
         parts = [Watch(), Cors(self._current_site), Gate(self._current_site)]
         self._wsgi = _build(falcon.App(middleware=parts), WsgiResource, self._current_site)
@@ -190,11 +192,11 @@ class App:
             return
         if not self._started_here():
             await self.start()
-        tether = scope["crane.tether"] = Tether(receive)
+        tether = scope["crane.tether"] = Tether(receive, send, self._pulse)
         client = (scope.get("client") or ("",))[0]
         access = scope["crane.access"] = self._site.access(scope["method"], scope["path"], client)
         try:
-            await self._asgi(scope, _eager(receive), send)
+            await self._asgi(scope, _eager, tether.send)
         finally:
             tether.release()
             access.ends()
@@ -268,19 +270,10 @@ def _cors(settings: Settings) -> falcon.CORSMiddleware | None:
     return falcon.CORSMiddleware("*" if "*" in origins else origins, expose_headers="x-request-id, retry-after")
 
 
-def _eager(receive):
-    """`receive`, whose first event is there at once: falcon waits for one before it looks at the headers, by which
-    a request may be refused."""
-    first = True
-
-    async def receive_eagerly():
-        nonlocal first
-        if first:
-            first = False
-            return {"type": "http.request", "body": b"", "more_body": True}
-        return await receive()
-
-    return receive_eagerly
+async def _eager() -> dict:
+    """What falcon takes for the first event: it waits for one before it looks at the headers, by which a request may be
+    refused. The body is read from the server (`drivers`)."""
+    return {"type": "http.request", "body": b"", "more_body": False}
 
 
 def create_app(settings: Settings | None = None, **overrides) -> App:

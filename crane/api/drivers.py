@@ -8,7 +8,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import falcon
 
@@ -49,7 +49,8 @@ class AsgiResource(Resource):
 
     def _responder(self, endpoint: Endpoint, get_site: Callable):
         async def answer_of(site, req, resp, params) -> Reply | None:
-            body = b"" if endpoint.method == "GET" else await _read_async(req, site.settings.max_body)
+            tether = req.scope["crane.tether"]
+            body = await _read_async(tether.receive, req.content_length or 0, site.settings.max_body)
             context = site.context(endpoint.needs, tenant_of(req))
             request = Request(endpoint.method, req.path, params, _query(req), body, _last_event_id(req))
             if len(body) > LONG_BODY_BYTES:
@@ -74,52 +75,6 @@ class AsgiResource(Resource):
                     put(resp, answer)
 
         return respond
-
-
-class Tether:
-    """Ties the engine's work for one ASGI request to its client.
-
-    falcon does not look whether a streaming client is still there, so a task of
-    ours does: it wakes the stream when the client leaves. And one timer a stream
-    nudges it when nothing has been sent for a while. sent_at: when something was, on the loop's clock.
-    """
-
-    def __init__(self, receive):
-        self._receive = receive
-        self._stream = None
-        self._watcher = None
-        self._timer: asyncio.TimerHandle | None = None
-        self.sent_at = 0.0
-
-    def hold(self, stream):
-        """`stream`, from now on closed with the request. Call once the body is read."""
-        self._stream = stream
-        self._watcher = asyncio.create_task(self._watch())
-        return stream
-
-    def pulse(self) -> None:
-        """Nudge the stream whenever nothing has been sent for KEEP_ALIVE_S."""
-        loop = asyncio.get_running_loop()
-        now, period_s = loop.time(), sse.KEEP_ALIVE_S
-        self.sent_at = self.sent_at or now
-        if now - self.sent_at >= period_s:
-            self._stream.nudge()
-            self.sent_at = now
-        self._timer = loop.call_at(self.sent_at + period_s, self.pulse)
-
-    def release(self) -> None:
-        """The request is over: whatever of it still runs is aborted."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._watcher is not None:
-            self._watcher.cancel()
-        if self._stream is not None:
-            self._stream.close()
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._stream.disconnect()
 
 
 class WsgiResource(Resource):
@@ -222,27 +177,6 @@ def advance(link, generation: Generation, outputs: list[Output]) -> bytes:
     return chunk
 
 
-async def frames_async(link, stream, generation: Generation, tether: Tether, access: Access) -> AsyncIterator[bytes]:
-    """The chunks of one ASGI stream; ends early when the client is gone."""
-    now = asyncio.get_running_loop().time
-    tether.pulse()
-    chunk = generation.start()
-    while True:
-        if chunk:
-            tether.sent_at = now()
-            access.wrote(len(chunk))
-            yield chunk
-        if generation.finished:
-            return
-        outputs = await stream.next()
-        if outputs:
-            chunk = advance(link, generation, outputs)
-        elif outputs is None:
-            chunk = sse.KEEP_ALIVE
-        else:
-            return
-
-
 def wait_blocking(stream, client: WsgiClient, until: float) -> list[Output] | None:
     """Outputs; [] when the client is gone; None when the clock passed `until`."""
     while True:
@@ -276,19 +210,14 @@ async def _generate_async(link, generation: Generation, scope: dict, resp) -> Re
     """Runs a generation; None when `resp` streams it."""
     tether, access = scope["crane.tether"], scope["crane.access"]
     access.begins(generation)
-    stream = tether.hold(_opened(link, generation))
-    await stream.accepted()  # so that a refusal still has a status of its own
+    await tether.hold(_opened(link, generation)).accepted()  # so that a refusal still has a status of its own
     access.accepted()
     if generation.stream:
         resp.set_headers(sse.HEADERS)
-        resp.stream = frames_async(link, stream, generation, tether, access)
+        resp.stream = tether.frames(link, generation, access)
         return None
-    while not generation.finished:
-        outputs = await stream.next()
-        if not outputs:
-            return CLIENT_GONE
-        advance(link, generation, outputs)
-    return Reply(generation.body())
+    await tether.answer(link, generation, access)
+    return Reply(generation.body()) if generation.finished else CLIENT_GONE
 
 
 def _generate_blocking(link, generation: Generation, environ: dict, resp) -> Reply | None:
@@ -338,18 +267,21 @@ def _query(req) -> dict[str, str]:
     return req.params
 
 
-async def _read_async(req, limit: int) -> bytes:
+async def _read_async(receive, length: int, limit: int) -> bytes:
     """The body, whatever its content type. Raises RequestError (413) above `limit` bytes."""
-    if (req.content_length or 0) > limit:
+    if length > limit:
         raise _too_large(limit)
-    parts, size = [], 0
-    async for part in req.stream:
+    parts, size, more = [], 0, True
+    while more:
+        event = await receive()
+        part = event.get("body", b"")
         size += len(part)
         if size > limit:
             raise _too_large(limit)
         parts.append(part)
-    if size < (req.content_length or 0):
-        raise RequestError(f"the body ends after {size} of {req.content_length} bytes")
+        more = event.get("more_body", False)
+    if size < length:
+        raise RequestError(f"the body ends after {size} of {length} bytes")
     return b"".join(parts)
 
 

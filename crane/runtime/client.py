@@ -84,6 +84,7 @@ class Link:
         self._connection: _Connection | None = None
         self._engine: subprocess.Popen | None = None
         self._streams: dict[str, Stream] = {}
+        self._touched: dict[Stream, None] = {}
         self._calls: dict[int, asyncio.Future] = {}
         self._num_calls = 0
         self._changed = asyncio.Event()
@@ -207,6 +208,17 @@ class Link:
 
     def ended(self, rid: str) -> None:
         self._streams.pop(rid, None)
+
+    def touch(self, stream: Stream) -> None:
+        """Deliver to it once everything that has come is taken."""
+        if not self._touched:
+            asyncio.get_running_loop().call_soon(self._deliver)
+        self._touched[stream] = None
+
+    def _deliver(self) -> None:
+        touched, self._touched = self._touched, {}
+        for stream in touched:
+            stream.deliver()
 
     def adopt(self, connection: _Connection) -> None:
         """An engine has answered: from now on this is the connection."""

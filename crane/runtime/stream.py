@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Protocol
@@ -30,9 +30,13 @@ class Carrier(Protocol):
     def ended(self, rid: str) -> None:
         """The request has had its last output."""
 
+    def touch(self, stream: "Stream") -> None:
+        """Call its `deliver` once everything that came at the same time is with it."""
+
 
 class Stream:
-    """The outputs of one group of requests, in order of arrival. Belongs to the link's loop; one task at a time waits.
+    """The outputs of one group of requests, in order of arrival. Belongs to the link's loop; one task at a time waits,
+    or a listener is called.
 
     frames: the requests, packed. The engine gets as many of them as make `window` choices, and
     another whenever one ends: a large group fits into its queue, and leaves room for others.
@@ -50,8 +54,8 @@ class Stream:
         self._refused: EngineError | None = None
         self._outputs: list[Output] = []
         self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[list[Output]], None] | None = None
         self._disconnected = False
-        self._nudged = False
         self._send()
         self._first = set(self._unaccepted)
 
@@ -70,23 +74,35 @@ class Stream:
             self.close()
             raise self._refused
 
-    async def next(self) -> list[Output] | None:
-        """All outputs that have come, at least one; [] once finished or after `disconnect`; None after `nudge`."""
-        while not self._outputs and not self._disconnected and self._open:
-            if self._nudged:
-                self._nudged = False
-                return None
+    async def next(self) -> list[Output]:
+        """All outputs that have come, at least one; [] once finished or after `disconnect`."""
+        while not self._has_news:
             self._waiter = asyncio.Future()
             await self._waiter
+        return self._news()
+
+    def listen(self, listener: Callable[[list[Output]], None] | None) -> None:
+        """Instead of `next`: from now on it is called with what that would return. None: no longer."""
+        self._listener = listener
+        if listener is not None and self._has_news:
+            self._link.touch(self)
+
+    def deliver(self) -> None:
+        """From the link, after `touch`."""
+        if self._listener is not None and self._has_news:
+            self._listener(self._news())
+            if not self._open:  # for a listener that is still there: nothing more comes
+                self.listen(self._listener)
+
+    @property
+    def _has_news(self) -> bool:
+        return bool(self._outputs or self._disconnected or not self._open)
+
+    def _news(self) -> list[Output]:
         if self._disconnected:
             return []
         outputs, self._outputs = self._outputs, []
         return outputs
-
-    def nudge(self) -> None:
-        """Whoever waits in `next`, now or the next time, gets None if there is nothing else."""
-        self._nudged = True
-        self._wake()
 
     def disconnect(self) -> None:
         """The client is gone: whoever waits in `next` gets []."""
@@ -133,7 +149,9 @@ class Stream:
 
     def _wake(self) -> None:
         waiter = self._waiter
-        if waiter is not None:
+        if self._listener is not None:
+            self._link.touch(self)
+        elif waiter is not None:
             self._waiter = None
             if not waiter.done():
                 waiter.set_result(None)

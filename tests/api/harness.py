@@ -1,6 +1,7 @@
 """A client that calls the application in process, over WSGI or ASGI, and a link that follows a script."""
 
 import asyncio
+import contextlib
 import io
 import json
 import time
@@ -124,36 +125,40 @@ class AsyncStream:
         self._steps = link.steps(requests)
         self._woken = asyncio.Event()
         self._gone = False
-        self._until: float | None = None
+        self._left = asyncio.Event()
+        self._listener: Callable | None = None
+        self._feeding: asyncio.Task | None = None
 
     async def accepted(self):
         if self._steps and isinstance(self._steps[0], EngineError):
             raise self._steps.pop(0)
 
-    async def next(self):
-        if self._gone:
-            return []
-        step = self._steps[0]
-        if step != NEVER and not isinstance(step, float):
-            return self._steps.pop(0)
-        self._until = self._until or time.monotonic() + (1e6 if step == NEVER else step)
-        try:
-            await asyncio.wait_for(self._woken.wait(), self._until - time.monotonic())
-        except TimeoutError:
-            self._until = None
-            self._steps.pop(0)
-            return await self.next()
-        self._woken.clear()
-        return [] if self._gone else None
-
-    def nudge(self):
+    def listen(self, listener):
+        self._listener = listener
+        self._feeding = self._feeding or asyncio.create_task(self._feed())
         self._woken.set()
+
+    async def _feed(self):
+        while self._steps or self._gone or self._listener is not None:
+            step = [] if self._gone or not self._steps else self._steps[0]
+            if isinstance(step, float):
+                self._steps.pop(0)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._left.wait(), step)
+            elif step == NEVER or self._listener is None:
+                self._woken.clear()
+                await self._woken.wait()
+            else:
+                self._listener(self._steps.pop(0) if step else [])
 
     def disconnect(self):
         self._gone = True
+        self._left.set()
         self._woken.set()
 
     def close(self):
+        if self._feeding is not None:
+            self._feeding.cancel()
         self._link.closed += self._rids
         self._rids = []
 

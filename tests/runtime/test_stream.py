@@ -16,6 +16,7 @@ class Carrier:
         self.writes: list[bytes] = []
         self.forgotten: list[str] = []
         self.gone: list[str] = []
+        self.touched: list[Stream] = []
 
     @property
     def sent(self) -> str:
@@ -29,6 +30,9 @@ class Carrier:
 
     def ended(self, rid):
         self.gone.append(rid)
+
+    def touch(self, stream):
+        self.touched.append(stream)
 
 
 def group(rids: str, window: int, n: int = 1) -> tuple[Carrier, Stream]:
