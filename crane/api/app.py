@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import threading
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -231,7 +230,7 @@ class Watch:
 
     def process_request(self, req, resp) -> None:
         access, given = access_of(req), req.get_header("x-request-id")
-        access.request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        access.request_id = given if given and _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         resp.set_header("x-request-id", access.request_id)
 
     def process_response(self, req, resp, resource, req_succeeded: bool) -> None:

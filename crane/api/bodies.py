@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from crane.api.endpoint import Context
-from crane.api.limits import refuse_duplicates, refuse_excess
+from crane.api.limits import given, refuse_duplicates, refuse_excess
 from crane.errors import RequestError
 
 MAX_INT = 2**31 - 1
@@ -337,10 +337,7 @@ def decode(kind: type, raw: bytes, context: Context | None = None):
 def refuse_unsupported(body: Body, path: str = "") -> None:
     """Raises RequestError for the first field, here or deeper, that asks for what crane cannot do yet."""
     neutral = _neutral_values(type(body))
-    for name in body.__struct_fields__:
-        value = getattr(body, name)
-        if value is None:
-            continue
+    for name, value in given(body):
         if name in neutral and not any(_same(value, each) for each in neutral[name]["neutral"]):
             field, use = path + name, neutral[name].get("use")
             message = f"{field} is not supported" + (f", use {use}" if use else "")

@@ -4,6 +4,7 @@ However the text is cut into pieces, the events say the same. What may be the be
 of a tag is held back; tags themselves never come out.
 """
 
+import functools
 import re
 import uuid
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from crane.api.served import ServedModel
+from crane.models.chat import ChatTemplate
 from crane.api.tool_text import JsonFollower, parameter_value, plain_arguments, read_head, whole_call
 
 THINK, END_THINK = "<think>", "</think>"
@@ -72,7 +74,11 @@ class ChatForm:
 
 def chat_form(model: ServedModel) -> ChatForm:
     """The form of a model's answers."""
-    template = model.template
+    return _form_of(model.template)
+
+
+@functools.lru_cache
+def _form_of(template: ChatTemplate | None) -> ChatForm:
     source = "" if template is None else template.source + (template.tool_source or "")
     tools = "json"
     if "<tool_calls>" in source:

@@ -4,6 +4,7 @@
 chat template.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from crane.api.chat_parser import END_THINK, MARKUP, THINK, ChatForm, ChatParser
 from crane.api.constraint import response_grammar, tools_grammar
 from crane.api.endpoint import Context
 from crane.api.served import ServedModel
+from crane.models.tokenizer import Tokenizer
 from crane.runtime.types import SamplingParams, Thinking
 
 # tokens of thinking that an effort is worth; None is as many as the model likes
@@ -94,7 +96,6 @@ def prepare_chat(
     if form.thinks and not is_closed:
         start_ids, end_ids = (tuple(model.tokenizer.encode(tag, False)) for tag in (THINK, END_THINK))
         thinking = Thinking(start_ids, end_ids, is_open, thinking_budget)
-    tag_ids = {model.tokenizer.token_to_id(tag) for tag in MARKUP}
     return PreparedChat(
         text=text,
         ids=ids,
@@ -104,8 +105,13 @@ def prepare_chat(
         thinking_open=form.thinks and is_open,
         grammar=grammar,
         thinking=thinking,
-        keep_ids=model.tokenizer.special_ids & tag_ids,
+        keep_ids=_special_tags(model.tokenizer),
     )
+
+
+@functools.lru_cache
+def _special_tags(tokenizer: Tokenizer) -> frozenset[int]:
+    return tokenizer.special_ids & {tokenizer.token_to_id(tag) for tag in MARKUP}
 
 
 def render_chat(

@@ -5,8 +5,8 @@ Choice `prompt_i * n + j` is output j of request i. A subclass says how a delta
 and a finished choice look in its dialect.
 """
 
+import os
 import time
-import uuid
 from dataclasses import dataclass, field
 
 import msgspec
@@ -76,7 +76,7 @@ class BaseGeneration:
         self.model = context.model
         self.tokenizer = context.model.tokenizer
         self.prompts = prompts
-        self.id, self.created = context.identity or (self.id_prefix + uuid.uuid4().hex, int(time.time()))
+        self.id, self.created = context.identity or (self.id_prefix + os.urandom(16).hex(), int(time.time()))
         self.resumable = bool(body.resumable)
         self._wants_timeline = bool(body.timeline)
         self.stream = bool(body.stream)

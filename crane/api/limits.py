@@ -4,6 +4,7 @@ One table says which fields are bounded by which setting; every route's bodies p
 """
 
 import json
+from typing import Any
 
 import msgspec
 
@@ -40,13 +41,16 @@ _JOINED = ("messages", "tools", "system", "instructions", "suffix", "instruction
 _APART = ("prompt", "text", "input", "documents", "queries", "items", "text_1", "text_2")
 
 
+def given(body: msgspec.Struct) -> list[tuple[str, Any]]:
+    """The fields of a body that say something, with their values."""
+    pairs = zip(body.__struct_fields__, msgspec.structs.astuple(body))
+    return [pair for pair in pairs if pair[1] is not None and pair[1] is not msgspec.UNSET]
+
+
 def refuse_excess(body: msgspec.Struct, raw: bytes, context: Context) -> None:
     """Raises RequestError naming the first field that asks for more than the settings allow. raw: the body as sent."""
     settings = context.settings
-    for name in body.__struct_fields__:
-        value = getattr(body, name)
-        if value is None or isinstance(value, msgspec.UnsetType):
-            continue
+    for name, value in given(body):
         several = value if isinstance(value, list) else [value]
         if name in _NUMBERS:
             for number in several:
@@ -75,7 +79,7 @@ def refuse_duplicates(raw: bytes) -> None:
     raw: a body that is known to be JSON.
     """
     try:
-        json.loads(raw, object_pairs_hook=_once, parse_int=len, parse_float=len)
+        _pairs.decode(raw.decode())
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
 
@@ -93,6 +97,9 @@ def _once(pairs: list) -> None:
             if name in seen:
                 raise RequestError(f"{name[:100]} is given twice", field=name, code="duplicate_field")
             seen.add(name)
+
+
+_pairs = json.JSONDecoder(object_pairs_hook=_once, parse_int=len, parse_float=len)
 
 
 def _are_texts(name: str, value) -> bool:

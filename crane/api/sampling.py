@@ -105,5 +105,5 @@ def bias_by_id(given: dict[str, float], model: ServedModel, field: str = "logit_
     return {int(key): bias for key, bias in given.items()}
 
 
-def _first(*values):
-    return next(value for value in values if value is not None)
+def _first(asked, models, default):
+    return asked if asked is not None else models if models is not None else default
