@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import io
+import json
 import os
 import subprocess
 import sys
@@ -253,6 +254,76 @@ def test_keep_alive_does_not_lose_outputs_that_come_at_the_same_moment(model, mo
 
     events = Client("asgi", model, script).post(PATH, STREAM).data()
     assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "a b c d e"
+
+
+def talk_over(app, path: str, body: dict, send):
+    """One POST over ASGI, by a client that stays."""
+    raw = json.dumps(body).encode()
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+        "scheme": "http", "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"",
+        "server": ("test", 80), "client": ("peer", 1), "headers": [(b"content-length", b"%d" % len(raw))],
+    }  # fmt: skip
+    events = [{"type": "http.request", "body": raw, "more_body": False}]
+
+    async def receive():
+        return events.pop() if events else await asyncio.Future()
+
+    return app(scope, receive, send)
+
+
+def test_a_client_that_takes_its_time_gets_everything_in_order_and_holds_up_nobody_else(model):
+    here = Client("asgi", model, lambda request: speak(model.tokenizer, "a b c d", request))
+    written: dict[str, list[dict]] = {"slow": [], "fast": []}
+
+    async def run():
+        may_go = asyncio.Event()
+
+        async def slow(event):
+            written["slow"].append(event)
+            if event["type"] == "http.response.body":
+                await may_go.wait()
+
+        async def fast(event):
+            written["fast"].append(event)
+
+        slowly = asyncio.create_task(talk_over(here.app, PATH, STREAM, slow))
+        await asyncio.sleep(0.02)
+        await talk_over(here.app, PATH, STREAM, fast)
+        assert len(written["slow"]) == 2 and not slowly.done(), "the headers, and what it does not take"
+        may_go.set()
+        await slowly
+
+    asyncio.run(run())
+    texts = {}
+    for name, events in written.items():
+        bodies = [event for event in events if event["type"] == "http.response.body"]
+        assert [event["more_body"] for event in bodies] == [True] * (len(bodies) - 1) + [False]
+        frames = b"".join(event["body"] for event in bodies).decode().split("\n\n")[:-2]
+        texts[name] = [json.loads(frame.removeprefix("data: "))["choices"][0]["text"] for frame in frames]
+    assert texts["slow"] == texts["fast"] and "".join(texts["fast"]) == "a b c d"
+
+
+def test_a_write_that_fails_ends_its_own_request_only(model):
+    here = Client("asgi", model, lambda request: [*speak(model.tokenizer, "a b", request)[:1], NEVER])
+
+    async def broken(event):
+        if event["type"] == "http.response.body":
+            raise OSError("the client is gone")
+
+    with pytest.raises(OSError, match="the client is gone"):
+        asyncio.run(talk_over(here.app, PATH, STREAM, broken))
+    assert here.link.closed == [here.link.opened[0].rid]
+
+
+def test_the_frame_that_opens_a_chat_comes_with_the_first_token_or_soon(model, monkeypatch):
+    chat, path = {"messages": [{"role": "user", "content": "a"}], "stream": True}, "/v1/chat/completions"
+    here = Client("asgi", model, lambda request: speak(model.tokenizer, "a b", request))
+    assert here.post(path, chat).chunks[0].count(b"data: ") == 2
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.5)
+    here = Client("asgi", model, lambda request: [0.2, *speak(model.tokenizer, "a b", request)])
+    chunks = here.post(path, chat).chunks
+    assert b'"role":"assistant"' in chunks[0] and chunks[0].count(b"data: ") == 1 and sse.KEEP_ALIVE not in chunks
 
 
 def test_refused_request_is_a_status_before_any_event(client):

@@ -145,3 +145,50 @@ def test_lost_engine_ends_every_request_sent_or_not():
     outputs = asyncio.run(stream.next())
     assert [(output.rid, output.error) for output in outputs] == [(rid, LOST) for rid in "abcd"]
     assert carrier.sent == "ab"
+
+
+def listening(rids: str) -> tuple[Carrier, Stream, list]:
+    carrier, stream = group(rids, 8)
+    accept(stream, rids)
+    heard = []
+    stream.listen(heard.append)
+    return carrier, stream, heard
+
+
+def test_a_listener_hears_everything_that_came_together_at_once_and_then_the_end():
+    carrier, stream, heard = listening("ab")
+    assert not carrier.touched
+    stream.take(Output("a", 0, [1]))
+    end(stream, "b")
+    assert not heard and set(carrier.touched) == {stream}
+    stream.deliver()
+    stream.deliver()
+    assert [[output.rid for output in outputs] for outputs in heard] == [["a", "b"]]
+    end(stream, "a")
+    carrier.touched.clear()
+    stream.deliver()
+    assert carrier.touched == [stream], "who still listens is to hear that nothing more comes"
+    stream.deliver()
+    assert [len(outputs) for outputs in heard] == [2, 1, 0]
+
+
+def test_nothing_is_lost_while_nobody_listens():
+    carrier, stream, heard = listening("a")
+    stream.listen(None)
+    stream.take(Output("a", 0, [1]))
+    stream.deliver()
+    assert not heard and not carrier.touched
+    stream.listen(heard.append)
+    end(stream, "a")
+    stream.deliver()
+    assert carrier.touched and [len(outputs) for outputs in heard] == [2]
+
+
+@pytest.mark.parametrize("how", [Stream.disconnect, Stream.close, Stream.lose])
+def test_a_listener_hears_of_the_end_however_it_comes(how):
+    carrier, stream, heard = listening("a")
+    how(stream)
+    assert carrier.touched == [stream]
+    stream.deliver()
+    expected = [["error"]] if how is Stream.lose else [[]]
+    assert [[output.finish_reason for output in outputs] for outputs in heard] == expected
