@@ -104,8 +104,6 @@ class Tether:
 
     def beat(self) -> None:
         """A tenth of KEEP_ALIVE_S has passed."""
-        if self._woken.done():
-            return  # the client has to take something first
         self._num_quiet += 1
         if self._head or self._num_quiet >= BEATS:
             self._guarded(self._write, b"" if self._head else sse.KEEP_ALIVE)
@@ -115,6 +113,8 @@ class Tether:
 
     def _guarded(self, act, *args) -> None:
         """Done between requests: what goes wrong is this one's, and what is left for its task wakes that."""
+        if self._woken.done():
+            return  # the task is about to wait for the client, or to leave
         try:
             act(*args)
         except Exception as error:
