@@ -40,3 +40,8 @@ def download(tensor: Tensor) -> Tensor:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+def fill_in(numbers: Tensor, values: Tensor) -> Tensor:
+    """`numbers` with values[-1 - n] in place of every n below 0. Both hold integers, values: [num_values]."""
+    return torch.where(numbers < 0, values[(-1 - numbers).clamp(min=0)], numbers)

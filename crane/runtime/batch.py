@@ -12,7 +12,7 @@ class Row:
 
     samples: the row reaches the sequence's last token, so the next one is drawn.
     drafts: guesses of the tokens that follow, the last ones of `count`; a token is drawn behind each.
-    num_accepted: how many of them the commit kept.
+    num_accepted: how many of them the commit kept. void: the sequence had ended before the commit.
     prompt_logits: log-probabilities of the prompt tokens after each position are wanted.
     """
 
@@ -23,6 +23,19 @@ class Row:
     prompt_logits: bool = False
     drafts: list[int] | tuple[()] = ()
     num_accepted: int = 0
+    void: bool = False
+
+    def ahead(self, num_drafts: int, places: dict[Sequence, int]) -> list[int]:
+        """What the draw behind so many drafts takes to follow the sequence's own tokens. One that the step before
+        draws is -1 - its place among that step's draws; places: of each sequence's."""
+        if self.start + self.count - len(self.drafts) > len(self.sequence.token_ids):
+            return [-1 - places[self.sequence]]
+        return list(self.drafts[:num_drafts])
+
+    def input_ids(self, places: dict[Sequence, int]) -> list[int]:
+        """The tokens to compute, those that nobody knows yet as in `ahead`."""
+        known = self.sequence.token_ids[self.start : self.start + self.count]
+        return known if len(known) == self.count else known + self.ahead(len(self.drafts), places)
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from crane.errors import SettingsError
-from crane.kernels import lang, native
+from crane.kernels import lang, native, registry
 from crane.models.config import ModelConfig
 from crane.runtime.kv_cache import page_bytes
 from crane.runtime.settings import Settings, cache_dir, num_cores
@@ -53,6 +53,17 @@ def pick_dtype(settings: Settings, device: torch.device, checkpoint_dtype: str) 
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
     return torch.float16 if checkpoint_dtype == "float16" else torch.bfloat16
+
+
+def why_no_overlap(settings: Settings, device: torch.device) -> str | None:
+    """Why no step is launched before the one before is read (--overlap), or None. After `registry.configure`."""
+    if settings.overlap != "auto":
+        return None if settings.overlap == "on" else "ruled out"
+    if device.type != "cuda":
+        return f"on {device.type} the host would wait for what it launches"
+    if lang.missing(device) or registry.KERNELS["sample"].mode == "torch":
+        return "tokens are drawn in torch, which waits for the device"
+    return None
 
 
 def pick_kv_dtype(settings: Settings, device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -22,6 +22,7 @@ from crane.runtime.graphs import DecodeGraphs
 from crane.runtime.kv_cache import open_disk
 from crane.runtime.kv_memory import KVMemory
 from crane.runtime.metrics import Metrics
+from crane.runtime.overlap import Flight, Overlap
 from crane.runtime.recovery import Recovery
 from crane.runtime.runner import ModelRunner
 from crane.runtime.scheduler import Scheduler
@@ -83,6 +84,8 @@ class Engine:
         self._compiling: list[Sequence] = []  # new sequences whose grammar may yet turn out to be wrong
         self._stats = EngineStats(num_pages=self.memory.pool.num_pages)
         self._recovery = Recovery(lambda batch: self.runner.run(batch), self.runner.free_memory)
+        why_off = devices.why_no_overlap(settings, device)
+        self._overlap = Overlap(self.scheduler, self.runner, self._recovery, why_off)
         self._metrics = Metrics()
         self._timelines = Timelines(settings.trace_requests)
         self._prefill, self._decode = _Rate(), _Rate()
@@ -179,7 +182,7 @@ class Engine:
             self._stats.aborted_requests += len(rids)
         else:  # it got all it wanted
             self._stats.completed_requests += sum(not self.scheduler.find(rid) for rid in rids)
-        return self._timelines.end(ended) + self._move(self.memory.pool.due_copies())
+        return self._ended(ended) + self._move(self.memory.pool.due_copies())
 
     def flush_cache(self) -> int:
         """Forget all remembered prefixes; returns how many pages become blank."""
@@ -200,7 +203,7 @@ class Engine:
 
     def fail_all(self, message: str) -> list[Output]:
         """End every request with an error: the last resort after a fault nobody in particular caused."""
-        return self._timelines.end(self._fail(self.scheduler.find(None), message))
+        return self._ended(self._fail(self.scheduler.find(None), message))
 
     def trace(self) -> dict:
         """The timelines of the last requests that have one, as a Chrome trace."""
@@ -208,29 +211,49 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Plan, run and commit one step. A fault in it fails the request that is to blame, nobody else's."""
-        return self._timelines.end(self._step())
+        return self._ended(self._step())
+
+    def _ended(self, outputs: list[Output]) -> list[Output]:
+        """`outputs`, which may be the last ones of their requests."""
+        if not self.has_work:
+            self._overlap.forget()
+        return self._timelines.end(outputs)
 
     def _step(self) -> list[Output]:
-        refused = self._refuse_grammars() + self._expire()
-        batch = self.scheduler.plan()
-        if lost := self._move(batch.copies):
-            return refused + lost
-        if not batch.rows:
-            if not refused and self.has_work:
+        outputs = self._refuse_grammars() + self._expire()
+        flight = self._overlap.next or self._launch(outputs)
+        if flight is None:
+            if not outputs and self.has_work:
                 self.memory.wait()
                 wait_any([s.constraint for s in self.scheduler.find(None) if s.constraint], _GRAMMAR_POLL_S)
-            return refused
-        started_s = time.monotonic()
-        picked, broken = self._recovery.run(batch)
+            return outputs
+        if flight.launched is not None and self._overlap.may_follow(flight.batch):
+            self._launch(outputs)
+        return outputs + self._commit(flight)
+
+    def _launch(self, outputs: list[Output]) -> Flight | None:
+        """Plan a step and launch it, if there is anything to compute. outputs: gets what went wrong."""
+        batch = self.scheduler.plan()
+        if lost := self._move(batch.copies):
+            outputs += lost
+            return None
+        return self._overlap.launch(batch) if batch.rows else None
+
+    def _commit(self, flight: Flight) -> list[Output]:
+        """What a step gave."""
+        found, outputs, batch = self._overlap.read(flight), [], flight.batch
+        if found is None:
+            return outputs
+        picked, broken, since_s = found
         for place, error in broken.items():
             live = self.scheduler.find(batch.rows[place].sequence.rid)
-            refused += self._fail(live, f"the engine failed on this request: {type(error).__name__}")
+            outputs += self._fail(live, f"the engine failed on this request: {type(error).__name__}")
         self.scheduler.step_limit = self._recovery.max_tokens
-        outputs = self.scheduler.commit(batch, picked)
-        self._count(batch, outputs, time.monotonic() - started_s)
-        self._metrics.step(batch, outputs)
-        self._timelines.step(batch, started_s, outputs)
-        return refused + outputs + self._move(self.memory.pool.due_copies())
+        committed = self.scheduler.commit(batch, picked)
+        self._count(batch, committed, time.monotonic() - since_s)
+        self._metrics.step(batch, committed)
+        self._timelines.step(batch, since_s, committed)
+        return outputs + committed + self._move(self.memory.pool.due_copies())
 
     def _move(self, copies: list[tuple[int, int]]) -> list[Output]:
         """Move pages before the step. When that fails nobody knows what pages contain: everything starts anew."""
@@ -284,7 +307,7 @@ class Engine:
         decoded = sum(row.count for row in decoding)
         # a mixed step's time goes to both by their shares of its tokens
         share_s = elapsed_s / batch.num_tokens
-        self._decode.add(sum(1 + row.num_accepted for row in decoding), decoded * share_s)
+        self._decode.add(sum(1 + row.num_accepted for row in decoding if not row.void), decoded * share_s)
         self._prefill.add(batch.num_tokens - decoded, (batch.num_tokens - decoded) * share_s)
         self._forecast.step(batch.num_tokens, elapsed_s)
         if decoded == batch.num_tokens:
@@ -317,6 +340,7 @@ class Engine:
         stats.waiting_tenants = len(scheduler.roster.waiting_by_tenant)
         stats.active_sequences = scheduler.num_live - stats.waiting_sequences
         stats.free_pages = scheduler.pool.num_free
+        stats.overlap = self._overlap.report()
         stats.kernels = registry.report() | {"cuda_graphs": self._graphs.state if self._graphs else "ruled out"}
         stats.uptime_s = round(time.monotonic() - self._started_s, 3)
         return stats

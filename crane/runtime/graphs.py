@@ -1,10 +1,12 @@
 """Decode steps at fixed addresses: on a GPU one CUDA graph replays all launches of the model at once.
 
 Captured are steps in which every row computes one token, for a few numbers of rows; a step with fewer rows is padded.
-What changes from step to step lies in buffers that one copy fills. Graphs are captured while the engine has nothing
+What changes from step to step lies in buffers that one copy fills, but for tokens that the step before draws: the graph
+takes them from where that one's draws are copied to. Graphs are captured while the engine has nothing
 to do, the ones for the most rows first; until then, and for other steps, the model runs launch by launch.
 """
 
+import itertools
 import logging
 from functools import cached_property
 
@@ -14,8 +16,10 @@ from torch import Tensor
 from crane.kernels.attention import plan_attention
 from crane.kernels.paged_plan import PagedPlan, plan_decode_rows
 from crane.kernels.rows import Rows
+from crane.kernels.transfer import fill_in
 from crane.models.context import ForwardContext
 from crane.runtime.batch import Row
+from crane.runtime.sequence import Sequence
 
 log = logging.getLogger("crane.engine")
 
@@ -34,35 +38,72 @@ class _FixedContext(ForwardContext):
         return plan_decode_rows(self.rows, self.kv)
 
 
+class _Numbers:
+    """What the host says of a step: token, position, slot and length of every row, then its pages.
+
+    Written while the step before may still read its own, so there are two of these, in turn.
+    """
+
+    def __init__(self, num_rows: int, max_pages: int, device: torch.device):
+        cuda = device.type == "cuda"
+        self._host = torch.zeros(num_rows * (4 + max_pages), dtype=torch.int32, pin_memory=cuda)
+        self._numbers = self._host[: 4 * num_rows].view(4, num_rows).numpy()
+        self._table = self._host[4 * num_rows :].view(num_rows, max_pages).numpy()
+        self._pages: list[list[int]] = [[] for _ in range(num_rows)]  # what `_table` has
+        self._read = torch.cuda.Event() if cuda else None
+
+    def fill(self, rows: list[Row], places: dict[Sequence, int], page_size: int) -> None:
+        """Of these rows; places as in `Row.ahead`."""
+        if self._read is not None:
+            self._read.synchronize()  # two steps ago: long past
+        tokens, positions, slots, lengths = self._numbers
+        for place, row in enumerate(rows):
+            pages = row.sequence.pages
+            (tokens[place],) = row.input_ids(places)
+            positions[place] = row.start
+            slots[place] = pages[row.start // page_size] * page_size + row.start % page_size
+            lengths[place] = row.start + 1
+            if self._pages[place] != pages:
+                self._table[place, : len(pages)] = pages
+                self._pages[place] = list(pages)
+        # padding writes nothing and reads nothing
+        tokens[len(rows) :] = positions[len(rows) :] = lengths[len(rows) :] = 0
+        slots[len(rows) :] = -1
+
+    def send(self, device: Tensor) -> None:
+        """Copy all to the device: int32 [num_rows * (4 + max_pages)]."""
+        device.copy_(self._host, non_blocking=True)
+        if self._read is not None:
+            self._read.record()
+
+
 class DecodeStep:
     """A step of up to `num_rows` rows of one token each.
 
     model: see `Decoder`. kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]. max_pages: of one row.
+    drawn: int64, no fewer than a step may draw, what the step before drew.
     """
 
-    def __init__(self, model, kv: Tensor, num_rows: int, max_pages: int, kv_scales: Tensor | None = None):
+    def __init__(self, model, kv: Tensor, num_rows: int, max_pages: int, drawn: Tensor,
+                 kv_scales: Tensor | None = None):
         self.num_rows = num_rows
         self._model, self._kv, self._kv_scales = model, kv, kv_scales
         self._max_pages = max_pages
-        cuda = kv.device.type == "cuda"
-        # token, position, slot and length of every row, then its pages
-        size = num_rows * (4 + max_pages)
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=cuda)
-        self._device = torch.zeros(size, dtype=torch.int32, device=kv.device)
-        self._numbers = self._host[: 4 * num_rows].view(4, num_rows).numpy()
-        self._table = self._host[4 * num_rows :].view(num_rows, max_pages).numpy()
-        self._pages: list[list[int]] = [[] for _ in range(num_rows)]  # what `_table` has
+        self._drawn = drawn
+        self._device = torch.zeros(num_rows * (4 + max_pages), dtype=torch.int32, device=kv.device)
+        self._numbers = itertools.cycle([_Numbers(num_rows, max_pages, kv.device) for _ in range(2)])
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden: Tensor | None = None
 
     @torch.inference_mode()
-    def run(self, rows: list[Row]) -> Tensor:
+    def run(self, rows: list[Row], places: dict[Sequence, int], drawn: Tensor | None) -> Tensor:
         """Hidden states [len(rows), hidden] of the rows' tokens, whose K/V are in their pages then.
 
-        The tensor is overwritten by the next call.
+        The tensor is overwritten by the next call. places, drawn: as in `Row.ahead`; None when nothing is unknown.
         """
-        self._fill(rows)
-        self._device.copy_(self._host, non_blocking=True)
+        self._send(rows, places)
+        if drawn is not None:
+            self._drawn[: len(drawn)].copy_(drawn)
         if self._graph is not None:
             self._graph.replay()
         else:
@@ -72,8 +113,7 @@ class DecodeStep:
     @torch.inference_mode()
     def capture(self, pool) -> None:
         """Make a CUDA graph of the step. pool: memory that all graphs share; only one of them runs at a time."""
-        self._fill([])
-        self._device.copy_(self._host)
+        self._send([], {})
         stream = torch.cuda.Stream(self._kv.device)
         stream.wait_stream(torch.cuda.current_stream(self._kv.device))
         with torch.cuda.stream(stream):  # compiles kernels and lets libraries set themselves up
@@ -85,21 +125,10 @@ class DecodeStep:
             self._hidden = self._compute()
         self._graph = graph
 
-    def _fill(self, rows: list[Row]) -> None:
-        tokens, positions, slots, lengths = self._numbers
-        size = self._kv.shape[3]
-        for place, row in enumerate(rows):
-            pages = row.sequence.pages
-            tokens[place] = row.sequence.token_ids[row.start]
-            positions[place] = row.start
-            slots[place] = pages[row.start // size] * size + row.start % size
-            lengths[place] = row.start + 1
-            if self._pages[place] != pages:
-                self._table[place, : len(pages)] = pages
-                self._pages[place] = list(pages)
-        # padding writes nothing and reads nothing
-        tokens[len(rows) :] = positions[len(rows) :] = lengths[len(rows) :] = 0
-        slots[len(rows) :] = -1
+    def _send(self, rows: list[Row], places: dict[Sequence, int]) -> None:
+        numbers = next(self._numbers)
+        numbers.fill(rows, places, self._kv.shape[3])
+        numbers.send(self._device)
 
     def _compute(self) -> Tensor:
         count = self.num_rows
@@ -113,7 +142,7 @@ class DecodeStep:
         context.rows = Rows(
             starts, torch.ones_like(starts), lengths, context.page_table, 1, self._max_pages * self._kv.shape[3]
         )
-        return self._model(tokens.long(), context)
+        return self._model(fill_in(tokens.long(), self._drawn), context)
 
 
 class DecodeGraphs:
@@ -125,7 +154,8 @@ class DecodeGraphs:
     def __init__(self, model, kv: Tensor, max_rows: int, max_len: int, kv_scales: Tensor | None = None):
         assert kv.shape[0] * kv.shape[3] < 2**31, "slots are 32 bits wide"
         max_pages = -(-max_len // kv.shape[3])
-        self._make = lambda size: DecodeStep(model, kv, size, max_pages, kv_scales)
+        drawn = torch.zeros(max_rows, dtype=torch.int64, device=kv.device)
+        self._make = lambda size: DecodeStep(model, kv, size, max_pages, drawn, kv_scales)
         self._missing = sizes(max_rows)
         self._steps: dict[int, DecodeStep] = {}
         self._pool = None

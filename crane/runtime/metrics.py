@@ -53,7 +53,7 @@ class Metrics:
         now = time.monotonic()
         for row in batch.rows:
             sequence = row.sequence
-            if not row.samples:
+            if not row.samples or row.void:
                 continue
             if sequence.last_token_s is None:
                 self._first_token.observe(now - sequence.arrival_s)

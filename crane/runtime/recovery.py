@@ -41,18 +41,29 @@ class Recovery:
             picked = self._run(batch)
         except Exception as error:  # whatever went wrong, every request must be answered
             return self._again(batch, error)
+        self.calm()
+        return picked, {}
+
+    def calm(self) -> None:
+        """A step went well."""
         self._num_calm += 1
         if self.max_tokens is not None and self._num_calm >= CALM_STEPS:
             self._num_calm = 0
             self.max_tokens = 2 * self.max_tokens if self.max_tokens < self._full_tokens else None
-        return picked, {}
+
+    def note(self, batch: Batch, error: Exception) -> bool:
+        """Count a step that raised, and give memory back if it lacked that. Returns whether it did."""
+        self.num_faults += 1
+        short = out_of_memory(error)
+        log.error("a step of %d rows and %d tokens failed%s", len(batch.rows), batch.num_tokens,
+                  ": out of memory" if short else "", exc_info=None if short else error)  # fmt: skip
+        if short:
+            self._free_memory()
+        return short
 
     def _again(self, batch: Batch, error: Exception) -> tuple[list[Picked], dict[int, Exception]]:
         num_tokens = batch.num_tokens
-        self.num_faults += 1
-        short = out_of_memory(error)
-        log.error("a step of %d rows and %d tokens failed%s", len(batch.rows), num_tokens,
-                  ": out of memory" if short else "", exc_info=None if short else error)  # fmt: skip
+        short = self.note(batch, error)
         picked: dict[int, Picked] = {}
         broken: dict[int, Exception] = {}
         parts = [list(enumerate(batch.rows))]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crane.kernels.transfer import download, upload
+from crane.kernels.transfer import download, fill_in, upload
 from crane.models.context import ForwardContext
 from crane.runtime.batch import Batch, Picked, Row
 from crane.runtime.grammar import Constraint
@@ -22,6 +22,8 @@ from crane.runtime.sequence import Sequence
 _MASK_PATIENCE_S = 0.005
 # Prompt log-probabilities need whole rows of logits: so many positions at a time.
 _LOGIT_CHUNK = 64
+# Sums of hidden states that are kept: two launched steps may be computed again.
+_NUM_SUMS = 3
 # Deterministic sequences decode so many at a time, no more and no less.
 _FIXED_ROWS = 8
 
@@ -32,11 +34,27 @@ class Launched:
 
     picked: what will be known of each row. reads: turn what arrived in host memory into numbers there.
     done: passed when everything has arrived; None where nothing has to be waited for.
+    draws: int64 [num_draws] each, the drawn tokens on the device; places: where each sequence's is in all of them.
+    before: while it is being launched, the step launched last.
     """
 
     picked: list[Picked]
     reads: list[Callable[[], None]] = field(default_factory=list)
     done: torch.cuda.Event | None = None
+    draws: list[Tensor] = field(default_factory=list)
+    places: dict[Sequence, int] = field(default_factory=dict)
+    before: "Launched | None" = None
+
+    def drew(self, token_ids: Tensor, sequences: list[Sequence]) -> None:
+        """One more draw for each of these."""
+        first = sum(map(len, self.draws))
+        self.draws.append(token_ids)
+        self.places.update(zip(sequences, range(first, first + len(sequences))))
+
+    @property
+    def drawn(self) -> Tensor:
+        """int64 [num_draws]."""
+        return self.draws[0] if len(self.draws) == 1 else torch.cat(self.draws)
 
 
 class ModelRunner:
@@ -53,7 +71,7 @@ class ModelRunner:
         self.page_size = kv.shape[3]
         self.device = kv.device
         self.sampler = Sampler(vocab_size, kv.device)
-        # of sequences whose mean is wanted: the sums of their first hidden states, by how many these are
+        # of sequences whose mean is wanted: the sums of their first hidden states, by how many these are, the last few
         self._sums: weakref.WeakKeyDictionary[Sequence, dict[int, Tensor]] = weakref.WeakKeyDictionary()
 
     def run(self, batch: Batch) -> list[Picked]:
@@ -61,12 +79,16 @@ class ModelRunner:
         return self.collect(self.launch(batch))
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> Launched:
-        """Give the device a step to compute. The host waits for masks at most, never for the device."""
+    def launch(self, batch: Batch, before: Launched | None = None) -> Launched:
+        """Give the device a step to compute. The host waits for masks at most, never for the device.
+
+        before: the step launched last, from whose draws rows go on that nobody has read yet.
+        """
         found = {id(row): Picked() for row in batch.rows}
-        step = Launched(list(found.values()))
+        step = Launched(list(found.values()), before=before or Launched([]))
         for rows, fixed in _parts(batch.rows):
             self._launch(rows, fixed, [found[id(row)] for row in rows], step)
+        step.before = None
         if self.device.type == "cuda":
             step.done = torch.cuda.Event()
             step.done.record()
@@ -87,7 +109,11 @@ class ModelRunner:
         constrained = _start_masks(rows)  # computed on other threads meanwhile
         *starts, _ = 0, *itertools.accumulate(row.count for row in filled)
         step = self.graphs.step_for(rows) if self.graphs is not None and not fixed else None
-        hidden = self._hidden(filled, starts) if step is None else step.run(rows)  # [num_tokens, hidden]
+        before = launched.before
+        if step is None:
+            hidden = self._hidden(filled, starts, before)  # [num_tokens, hidden]
+        else:
+            hidden = step.run(rows, before.places, before.drawn if before.draws else None)
         for row, found, first in zip(rows, picked, starts):
             if row.sequence.pooling:
                 self._pool(row, hidden[first : first + row.count], found, launched)
@@ -96,13 +122,13 @@ class ModelRunner:
         ends = [start + row.count for row, start in zip(filled, starts)]
         (self._draw_fixed if fixed else self._draw)(rows, ends, hidden, constrained, picked, launched)
 
-    def _hidden(self, rows: list[Row], query_starts: list[int]) -> Tensor:
+    def _hidden(self, rows: list[Row], query_starts: list[int], before: Launched) -> Tensor:
         """The model's hidden states of all tokens of these rows: [num_tokens, hidden]."""
-        token_ids = []
-        for row in rows:
-            token_ids += row.sequence.token_ids[row.start : row.start + row.count]
-            token_ids += row.drafts
-        return self.model(self._ints(token_ids), self._context(rows, query_starts))
+        token_ids = [i for row in rows for i in row.input_ids(before.places)]
+        ids = self._ints(token_ids)
+        if min(token_ids) < 0:
+            ids = fill_in(ids, before.drawn)
+        return self.model(ids, self._context(rows, query_starts))
 
     def _draw_fixed(self, rows: list[Row], ends: list[int], hidden: Tensor, constrained: dict[int, Constraint],
                     picked: list[Picked], launched: Launched) -> None:
@@ -141,8 +167,11 @@ class ModelRunner:
     def _pick(self, logits: Tensor, wanted: list[tuple[Row, int, Picked]], masks: dict[int, np.ndarray],
               launched: Launched) -> None:
         """Draw a token for each row of logits: of which row, how many of its drafts come before, and who is told."""
-        ahead = [row.drafts[:count] for row, count, _ in wanted]
-        drawn = self.sampler.launch(logits, [row.sequence for row, _, _ in wanted], masks, ahead).fetch()
+        sequences = [row.sequence for row, _, _ in wanted]
+        ahead = [row.ahead(count, launched.before.places) for row, count, _ in wanted]
+        drawn = self.sampler.launch(logits, sequences, masks, ahead)
+        launched.drew(drawn.ids, sequences)
+        drawn = drawn.fetch()
 
         def read() -> None:
             for (_, count, picked), token_id, logprob in zip(wanted, *drawn.read(), strict=True):
@@ -189,11 +218,14 @@ class ModelRunner:
             total, count = hidden[-1].float(), 1
         else:
             total, count = hidden.float().sum(0), sequence.num_prompt
-            before = self._sums[sequence][row.start] if row.start else torch.zeros_like(total)
-            total += before
-            # the step may be computed again
-            self._sums[sequence] = {row.start: before, row.start + row.count: total}
-        if row.count == sequence.num_wanted:
+            if row.start == 0:
+                self._sums[sequence] = {0: torch.zeros_like(total)}
+            sums = self._sums[sequence]
+            total += sums[row.start]
+            sums[row.start + row.count] = total
+            while len(sums) > _NUM_SUMS:
+                del sums[min(sums)]
+        if row.start + row.count == sequence.num_prompt:
             pooled = download(total / count)
             launched.reads.append(lambda: setattr(picked, "embedding", pooled.tolist()))
 

@@ -142,7 +142,7 @@ class Sampler:
     def _places(self, sequence: Sequence, masked: bool, ahead) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, counts, bias) of the row's places, as in `Changes`."""
         ids, counts = _NO_IDS, _NO_COUNTS
-        if _penalised(sequence):
+        if sequence.penalised:
             state = self._seen.get(sequence)
             if state is None:
                 state = self._seen[sequence] = _Seen()
@@ -184,8 +184,3 @@ def pack(picked: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> list[TokenLog
     """Rows of `log_probabilities`, whose first place is the token itself."""
     entries = zip(picked.tolist(), top_ids.tolist(), top_logprobs.tolist(), strict=True)
     return [TokenLogprob(first, ids, values, more) for (first, *more), ids, values in entries]
-
-
-def _penalised(sequence: Sequence) -> bool:
-    p = sequence.sampling
-    return p.repetition_penalty != 1.0 or p.frequency_penalty != 0.0 or p.presence_penalty != 0.0

@@ -11,6 +11,10 @@ later: its tokens, and the noise of its next ones, stay as they are. A more urge
 is to start takes pages from less urgent ones in the same way. What the pages contain is left in host memory where
 that costs less than computing it again (`costs`).
 
+A step may be planned while the one before runs (`launch`): what that one computes and draws is counted on, and
+nobody loses pages that it uses but those who end. Their rows are void; what runs on the device runs in order, so their
+pages may be given to others at once.
+
 A full page is remembered by its content. A sequence that gets pages shares those whose content it starts with, and
 computes only what follows. The choices of one request wait for the first one's prompt, and then share it.
 """
@@ -48,6 +52,8 @@ class Scheduler:
         self.slots = Slots(self.tenants, self, max_running=max_running, quantum_tokens=quantum_tokens)
         self.running, self.parked = self.slots.running, self.slots.parked
         self.tables = PageTables(pool, prefix_cache=prefix_cache, costs=costs, disk=disk)
+        self.flights: list[Batch] = []  # launched, neither committed nor given up yet, in order
+        self.short = False  # the last plan left out somebody, because nobody may lose pages while a step runs
         self.drafter = drafter  # for sequences that have `drafts`
         self.step_limit: int | None = None  # tokens of a step while memory is short
         self.num_preemptions = 0
@@ -76,7 +82,9 @@ class Scheduler:
     # --- plan
 
     def plan(self) -> Batch:
-        """The next step. Empty only when there is nothing to do, or all that is left waits for a grammar."""
+        """The next step. Empty only when there is nothing to do, or all that is left waits for a grammar, or for
+        steps that were launched."""
+        self.short = False
         self.tables.poll()
         self.slots.wake()
         self.slots.give_way()
@@ -115,10 +123,10 @@ class Scheduler:
     def _row(self, sequence: Sequence, count: int) -> Row:
         return Row(
             sequence,
-            start=sequence.num_computed,
+            start=sequence.start,
             count=count,
             samples=count == sequence.num_wanted and sequence.max_tokens > 0,
-            prompt_logits=sequence.wants_prompt_logprobs and sequence.num_computed < sequence.num_prompt,
+            prompt_logits=sequence.wants_prompt_logprobs and sequence.start < sequence.num_prompt,
         )
 
     def _add_drafts(self, rows: list[Row], budget: int) -> int:
@@ -130,7 +138,7 @@ class Scheduler:
             sequence = row.sequence
             if sequence.drafts is None:
                 continue
-            room = (len(sequence.pages) + max(spare, 0)) * self.pool.page_size - len(sequence.token_ids)
+            room = (len(sequence.pages) + max(spare, 0)) * self.pool.page_size - sequence.num_tokens
             # behind the last draft one more token is drawn
             limit = min(budget - added, room, sequence.max_tokens - sequence.num_output - 1)
             row.drafts = self.drafter.draft(sequence.drafts, limit, len(rows)) if limit > 0 else ()
@@ -145,7 +153,7 @@ class Scheduler:
     def _fill_slots(self) -> None:
         """Give free run slots to those that wait, in order."""
         self.slots.fill()
-        while not self.running and self.parked:
+        while not self.running and self.parked and not self.flights:
             # Everybody waits for pages that parked ones hold: the last of them gives up its own.
             self._preempt(max(self.parked, key=self.slots.rank))
             self.slots.fill()
@@ -159,7 +167,7 @@ class Scheduler:
         return not (sequence.waits or self._waits_for_leader(sequence) or self.tables.awaits_disk(sequence))
 
     def pages_needed(self, sequence: Sequence) -> int:
-        return self.pool.pages_for(len(sequence.token_ids))
+        return self.pool.pages_for(sequence.num_tokens)
 
     def most_pages(self, sequence: Sequence) -> int:
         return self.pool.pages_for(sequence.num_prompt + sequence.max_tokens)
@@ -169,8 +177,11 @@ class Scheduler:
         if self.tables.start(sequence, len(self.running)):
             return True
         victims = [s for s in (*self.parked, *self.running) if s.level > sequence.level and not s.trickled]
-        missing = self.pool.pages_for(len(sequence.token_ids)) + len(self.running)
+        missing = self.pool.pages_for(sequence.num_tokens) + len(self.running)
         if self.pool.num_free + sum(self.pool.num_sole(s.pages) for s in victims) < missing:
+            return False
+        if self.flights:
+            self.short = True
             return False
         # parked ones of a class first, then those that got their slots last
         place = {s: i for i, s in enumerate(victims)}
@@ -199,9 +210,12 @@ class Scheduler:
         return self.tables.flush(self.find(None))
 
     def _grow(self, sequence: Sequence, batch: Batch) -> bool:
-        """Make room for the sequence's next token; False when it had to give up its own pages."""
-        missing = self.pool.pages_for(len(sequence.token_ids)) - len(sequence.pages)
+        """Make room for the sequence's next token; False when it had to give up its own pages, or has to wait."""
+        missing = self.pool.pages_for(sequence.num_tokens) - len(sequence.pages)
         while missing > self.pool.num_free:
+            if self.flights:
+                self.short = True
+                return False
             victim = self._victim({row.sequence for row in batch.rows})
             self._preempt(victim)
             if victim is sequence:
@@ -222,10 +236,40 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take all pages back. The sequence goes on as soon as it fits again: first of its lane."""
+        assert not self.flights
         self.num_preemptions += 1
         sequence.num_preemptions += 1
         self.tables.give_up(sequence)
         self.slots.return_first(sequence)
+
+    # --- launched steps
+
+    def launch(self, batch: Batch) -> None:
+        """The device computes this step from here on; the next one may be planned."""
+        self.flights.append(batch)
+        for row in batch.rows:
+            row.sequence.num_flying += row.count
+            row.sequence.num_unknown += row.samples
+
+    def land(self, batch: Batch) -> None:
+        """A launched step is over: it is committed next, or was for nothing and its tokens are computed again."""
+        self.flights.remove(batch)
+        for row in batch.rows:
+            row.sequence.num_flying -= row.count
+            row.sequence.num_unknown -= row.samples
+
+    def why_alone(self, batch: Batch) -> str | None:
+        """Why no step can be planned while this one, the last, runs; or None."""
+        if self.short:
+            return "pages are short"
+        drawing = [row.sequence for row in batch.rows if row.samples]
+        if any(sequence.constraint is not None for sequence in drawing):
+            return "a grammar or a thinking budget needs each token at once"
+        if any(sequence.drafts is not None for sequence in drawing):
+            return "drafts follow tokens that are known"
+        if any(sequence.penalised for sequence in drawing):
+            return "penalties count each token at once"
+        return None
 
     # --- commit
 
@@ -234,7 +278,8 @@ class Scheduler:
         outputs = []
         for row, result in zip(batch.rows, picked, strict=True):
             sequence = row.sequence
-            if sequence.status is Status.FINISHED:  # aborted while the step ran
+            row.void = sequence.status is Status.FINISHED
+            if row.void:
                 continue
             # a row whose mask came too late did not sample: its last token is computed again with the mask
             late = row.samples and result.token_id is None
@@ -248,7 +293,7 @@ class Scheduler:
                 continue
             if row.samples:
                 outputs.append(self._append(row, result))
-            elif sequence.max_tokens == 0 and sequence.num_wanted == 0:
+            elif sequence.max_tokens == 0 and sequence.num_computed == sequence.num_prompt:
                 reason = "stop" if sequence.pooling else "length"
                 outputs.append(self._finish(sequence, reason, embedding=result.embedding))
         return outputs
@@ -353,5 +398,8 @@ class Scheduler:
             expected = Status.RUNNING if sequence in self.running else Status.QUEUED
             assert sequence.status is expected
             assert bool(sequence.pages) is (sequence not in without)
+            rows = [row for batch in self.flights for row in batch.rows if row.sequence is sequence]
+            assert sequence.num_flying == sum(row.count for row in rows)
+            assert sequence.num_unknown == sum(row.samples for row in rows)
         self.roster.check(live)
         self.tables.check(live)

@@ -28,6 +28,10 @@ class Sequence:
     token_ids: prompt, then output. num_computed: tokens whose K/V are in `pages`, or while it has none in `host_pages`.
     A sequence has no phase: it wants `len(token_ids) - num_computed` tokens computed,
     be they a prompt, a recomputed past or the one token sampled last.
+
+    The next step may be planned while steps that were launched still run. What they do to the sequence is counted
+    apart until they are over: num_flying tokens that they compute, num_unknown that they draw, which follow
+    `token_ids` and which only the device knows yet. Nothing else knows of them.
     """
 
     def __init__(self, request: Generate, index: int, seed: int, eos_ids: frozenset[int], now_s: float | None = None):
@@ -42,12 +46,16 @@ class Sequence:
         self.max_tokens = 0 if request.pooling else sampling.max_tokens
         self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
         self.num_computed = 0
+        self.num_flying = 0
+        self.num_unknown = 0
         self.num_preemptions = 0  # how often it gave up its pages
         self.pages: list[int] = []
         self.host_pages: list[int] = []  # in host memory, which have what it had to give up its pages for
         self.nodes: list = []  # what the first of them contain, as `PagePool` remembers it
         self.disk_job = None  # `disk.Job` that reads pages it starts with; False: there are none
         self.deterministic = sampling.deterministic
+        penalties = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
+        self.penalised = penalties != (1, 0, 0)  # its logits depend on which tokens it has
         # texts share pages only with texts of the same salt
         self.salt = f"{request.cache_salt}{_DETERMINISTIC}" if self.deterministic else request.cache_salt
         self.num_cached = 0  # prompt tokens found in remembered pages when it first started
@@ -74,19 +82,31 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and output, with what is being drawn."""
+        return len(self.token_ids) + self.num_unknown
+
+    @property
+    def start(self) -> int:
+        """Where its next row begins: behind what is computed or being computed."""
+        return self.num_computed + self.num_flying
+
+    @property
     def num_wanted(self) -> int:
-        """Tokens to compute before the next one can be sampled."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens to compute before the next one can be sampled; 0 when its last one is being drawn."""
+        if self.num_unknown and self.num_output + self.num_unknown >= self.max_tokens:
+            return 0
+        return self.num_tokens - self.start
 
     def next_count(self, limit: int, page_size: int) -> int:
         """How many tokens to compute in one row, when `limit` may be: a deterministic sequence's rows are the same
         every time, so it computes a past that was lost as it did then, what it wrote itself token by token."""
         if not self.deterministic:
             return min(self.num_wanted, limit)
-        if self.num_computed >= self.num_prompt:
+        if self.start >= self.num_prompt:
             return 1
         chunk = max(_FIXED_CHUNK, page_size)
-        return min(self.num_computed // chunk * chunk + chunk, self.num_prompt) - self.num_computed
+        return min(self.start // chunk * chunk + chunk, self.num_prompt) - self.start
 
     def num_shared(self, num_tokens: int, page_size: int) -> int:
         """How many of the first `num_tokens`, whole pages, may be shared with others, either way."""

@@ -48,6 +48,12 @@ class Settings:
         choices=("auto", "torch", "triton"),
     )
     cuda_graphs: bool = _setting(True, "on a GPU, replay decode steps as CUDA graphs")
+    overlap: str = _setting(
+        "auto",
+        "launch a step before the tokens of the one before are read, so that the device need not wait for the host: "
+        "auto is on on a GPU and off on a CPU, where host and model share the cores",
+        choices=("auto", "on", "off"),
+    )
     kv_dtype: str = _setting(
         "auto", "type of KV pages: the compute type, or fp8 (e4m3) on GPUs that know it", choices=("auto", "fp8")
     )

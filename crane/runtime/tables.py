@@ -53,7 +53,7 @@ class PageTables:
         and new ones; False: fewer than that and `spare` more are free."""
         nodes = sequence.nodes if sequence.host_pages else self.match(sequence)
         from_host = sum(node.page is None for node in nodes)
-        count = self.pool.pages_for(len(sequence.token_ids))
+        count = self.pool.pages_for(sequence.num_tokens)
         pages = self.pool.hold(nodes, count, sequence.host_pages, spare)
         if pages is None:
             return False
@@ -86,7 +86,7 @@ class PageTables:
 
     def resume(self, sequence: Sequence) -> bool:
         """The next token's page for a sequence that kept its pages; False: none is free."""
-        missing = max(self.pool.pages_for(len(sequence.token_ids)) - len(sequence.pages), 0)
+        missing = max(self.pool.pages_for(sequence.num_tokens) - len(sequence.pages), 0)
         if missing > self.pool.num_free:
             return False
         sequence.pages += self.pool.take(missing)
@@ -154,6 +154,7 @@ class PageTables:
         """Prove all tables and the ledgers of all tiers consistent. Raises AssertionError."""
         for sequence in live:
             assert not (sequence.pages and sequence.host_pages), "a sequence is in two places"
-            assert sequence.num_computed <= len(sequence.pages or sequence.host_pages) * self.pool.page_size
+            assert sequence.start <= len(sequence.pages or sequence.host_pages) * self.pool.page_size
+            assert not sequence.num_flying or sequence.pages, "the pages of a launched step were taken away"
         held = [s.host_pages for s in live] + ([self.disk.held] if self.disk is not None else [])
         self.pool.check([s.pages for s in live], held)

@@ -348,6 +348,8 @@ class EngineStats(msgspec.Struct):
     uptime_s: float = 0.0
     # what each runs in, "triton" or "torch", and why not in Triton; "cuda_graphs": of how many rows, and why of no more
     kernels: dict[str, str] = {}
+    # "on", "why_off"; "steps_ahead": launched while another one ran; "steps_alone": how many others were not, by why
+    overlap: dict[str, bool | str | int | dict[str, int] | None] = {}
 
 
 ToEngine = Hello | Generate | Abort | Leave | Resume | Call

@@ -217,12 +217,13 @@ def full_logits(engine, token_ids):
 def full_hidden(engine, token_ids):
     """Hidden states of every position, by another path: one prompt computed whole, in fresh pages."""
     from crane.runtime.batch import Row
+    from crane.runtime.runner import Launched
     from crane.runtime.sequence import Sequence
 
     sequence = Sequence(Generate("x", token_ids, SamplingParams()), 0, 0, frozenset())
     sequence.pages = list(range(engine.scheduler.pool.pages_for(len(token_ids))))
     with torch.inference_mode():
-        return engine.runner._hidden([Row(sequence, 0, len(token_ids), False)], [0])
+        return engine.runner._hidden([Row(sequence, 0, len(token_ids), False)], [0], Launched([]))
 
 
 def test_penalties_bias_and_minimum_length_act(tiny):

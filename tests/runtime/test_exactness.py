@@ -48,6 +48,8 @@ def run(engine, asked, each_step=None):
             each_step(number)
         engine.scheduler.check()
         number += 1
+    overlap = engine.stats().overlap
+    assert bool(overlap["steps_ahead"] or overlap["steps_alone"]) == (engine.settings.overlap == "on")
     return found
 
 
@@ -60,6 +62,12 @@ def same(found, expected):
 
 @pytest.fixture(scope="module", params=[GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def params(request):
+    return request.param
+
+
+@pytest.fixture(params=["off", "on"], ids=["", "overlapped"])
+def overlap(request):
+    """Whether steps are launched before the ones before are read."""
     return request.param
 
 
@@ -77,8 +85,8 @@ def alone(tiny, params):
     [{"prefix_cache": False}, {"prefix_cache": False, "max_step_tokens": 7, "max_concurrent": 7}, {}],
     ids=["batch of 32", "chunked", "prefix-cached"],
 )
-def test_the_same_in_a_batch_in_chunks_and_with_cached_prefixes(tiny, params, alone, settings):
-    engine = make_engine(tiny, **settings)
+def test_the_same_in_a_batch_in_chunks_and_with_cached_prefixes(tiny, params, alone, settings, overlap):
+    engine = make_engine(tiny, overlap=overlap, **settings)
     same(run(engine, requests(params)), alone)
     same(run(engine, requests(params)), alone)
     assert (engine.stats().cached_tokens > 0) == ("prefix_cache" not in settings)
@@ -97,18 +105,18 @@ def test_the_same_with_tokens_guessed(tiny, params, alone):
 
 
 @pytest.mark.parametrize("preemption, host", [("swap", 200), ("recompute", 0), ("auto", 40)])
-def test_the_same_swapped_or_recomputed(tiny, params, alone, preemption, host):
+def test_the_same_swapped_or_recomputed(tiny, params, alone, preemption, host, overlap):
     engine = make_engine(tiny, kv_memory=60 * PAGE_BYTES, host_kv_memory=host * PAGE_BYTES, preemption=preemption,
-                         max_concurrent=8, decode_tokens_per_seq=4)  # fmt: skip
+                         max_concurrent=8, decode_tokens_per_seq=4, overlap=overlap)  # fmt: skip
     same(run(engine, requests(params)), alone)
     stats = engine.stats()
     assert stats.preemptions > 0 and (stats.swaps == stats.preemptions if preemption == "swap" else True)
     assert stats.swaps == 0 or preemption != "recompute"
 
 
-def test_the_same_from_disk_after_a_restart(tiny, params, alone, tmp_path):
+def test_the_same_from_disk_after_a_restart(tiny, params, alone, tmp_path, overlap):
     settings = dict(kv_cache_dir=str(tmp_path), kv_memory=60 * PAGE_BYTES, host_kv_memory=200 * PAGE_BYTES,
-                    preemption="swap")  # fmt: skip
+                    preemption="swap", overlap=overlap)  # fmt: skip
     for cached in (False, True):
         engine = make_engine(tiny, **settings)
         while not engine.memory.disk.disk.ready:
@@ -121,11 +129,11 @@ def test_the_same_from_disk_after_a_restart(tiny, params, alone, tmp_path):
         assert (engine.stats().disk_pages_read > 0) == cached
 
 
-def test_the_same_as_one_of_several_choices(tiny, params, alone):
+def test_the_same_as_one_of_several_choices(tiny, params, alone, overlap):
     prompts = PROMPTS[:6]
     single = make_engine(tiny, prefix_cache=False)
     expected = run(single, [Generate(f"r{i}", p, msgspec.structs.replace(params, n=4)) for i, p in enumerate(prompts)])
-    engine = make_engine(tiny)
+    engine = make_engine(tiny, overlap=overlap)
     forked = run(engine, [Generate(f"r{i}", p, msgspec.structs.replace(params, n=4)) for i, p in enumerate(prompts)])
     same(forked, expected)
     same({key: forked[key] for key in alone if key in forked}, {key: alone[key] for key in forked if key in alone})
@@ -143,8 +151,8 @@ def test_choices_begin_with_a_copy_of_the_first_ones_last_page(tiny):
     assert counts[:2] == [0, 3 * 30], "each of the three computes one token of the prompt"
 
 
-def test_the_same_after_others_abort(tiny, params, alone):
-    engine = make_engine(tiny, kv_memory=60 * PAGE_BYTES, max_concurrent=8)
+def test_the_same_after_others_abort(tiny, params, alone, overlap):
+    engine = make_engine(tiny, kv_memory=60 * PAGE_BYTES, max_concurrent=8, overlap=overlap)
     gone = set()
 
     def abort(number):
@@ -163,7 +171,8 @@ def test_the_same_after_others_abort(tiny, params, alone):
     {"kv_memory": 40 * PAGE_BYTES, "host_kv_memory": 400 * PAGE_BYTES, "preemption": "swap"},
     {"kv_memory": 40 * PAGE_BYTES, "host_kv_memory": 0, "preemption": "recompute", "decode_tokens_per_seq": 3},
     {"num_draft_tokens": 4, "prefix_cache": False},
-], ids=["chunked", "swapped", "recomputed", "speculated"])  # fmt: skip
+    {"max_step_tokens": 40, "max_concurrent": 20, "overlap": "on"},
+], ids=["chunked", "swapped", "recomputed", "speculated", "overlapped"])  # fmt: skip
 def test_deterministic_requests_get_the_same_bits_in_bfloat16(tiny, settings, monkeypatch):
     """Half of the requests are deterministic: alone and among the others their log-probabilities are equal bits."""
     monkeypatch.setattr("crane.runtime.sequence._FIXED_CHUNK", 16)  # so that these prompts have several pieces

@@ -13,19 +13,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     gets exactly its own tokens (`World.take`)."""
 
     @initialize(num_host_pages=st.sampled_from([0, 5, 30]), preemption=st.sampled_from(["swap", "recompute"]),
-                prefix_cache=st.booleans())
-    def begin(self, num_host_pages, preemption, prefix_cache):
+                prefix_cache=st.booleans(), overlap=st.booleans())
+    def begin(self, num_host_pages, preemption, prefix_cache, overlap):
         self.world = World(num_pages=12, page_size=4, num_host_pages=num_host_pages, preemption=preemption,
                            max_running=3, quantum_tokens=3, max_step_tokens=8, max_model_len=40,
-                           prefix_cache=prefix_cache)
+                           prefix_cache=prefix_cache, overlap=overlap)
         self.arrived = []
 
     @rule(num_prompt=st.integers(1, 39), max_tokens=st.integers(1, 30), kind=st.sampled_from([None, 0, 1]),
           salt=st.sampled_from(["", "s"]), level=st.integers(-1, 1), tenant=st.sampled_from(["", "a", "b"]),
-          timeout_s=st.sampled_from([None, None, None, 1.0, 20.0]), n=st.sampled_from([1, 1, 2, 3]))
-    def submit(self, num_prompt, max_tokens, kind, salt, level, tenant, timeout_s, n):
+          timeout_s=st.sampled_from([None, None, None, 1.0, 20.0]), n=st.sampled_from([1, 1, 2, 3]),
+          stop_after=st.sampled_from([None, 0, 1, 5]))
+    def submit(self, num_prompt, max_tokens, kind, salt, level, tenant, timeout_s, n, stop_after):
         leader = self.world.add(num_prompt, max_tokens, kind, cache_salt=salt, priority=level, tenant=tenant,
-                                timeout_s=timeout_s, n=n)
+                                timeout_s=timeout_s, n=n, stop_after=stop_after)
         self.arrived += [s for s in self.world.live.values() if s.rid == leader.rid]
 
     @rule(num_steps=st.integers(1, 6))
@@ -34,11 +35,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(num_steps):
             started = len(world.started)
             waiting = {s for s in self.arrived if s.admitted_s is None and s.status is Status.QUEUED}
+            faults = world.num_faults
             batch = world.step()
-            assert batch.rows or not scheduler.has_work, "the step is idle although something can run"
+            idle = not batch.rows and world.num_faults == faults
+            assert not idle or not scheduler.has_work, "the step is idle although something can run"
             assert batch.num_tokens <= scheduler.max_step_tokens
             planned = {row.sequence: row.count for row in batch.rows}
-            if batch.num_tokens < scheduler.max_step_tokens:
+            if batch.num_tokens < scheduler.max_step_tokens and world.overlap.why_off:
                 assert all(s in planned for s in scheduler.running), "room in the step, and someone is left out"
             for sequence in world.started[started:]:
                 self.started_in_turn(sequence, waiting)
@@ -62,6 +65,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.world.scheduler
         self.world.take(scheduler.end([s for s in scheduler.find(rid) if whole or s.index == index], "abort"))
         assert self.world.ended[rid, index] == "abort"
+
+    @rule(times=st.integers(1, 4))
+    def a_launched_step_fails(self, times):
+        self.world.script.broken = times
 
     @rule()
     def flush(self):
