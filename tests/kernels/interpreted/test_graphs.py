@@ -4,7 +4,7 @@ import pytest
 
 from crane.kernels.registry import force
 from crane.runtime.engine import Engine
-from crane.runtime.graphs import DecodeGraphs, DecodeStep
+from crane.runtime.graphs import DecodeGraphs
 from crane.runtime.settings import Settings
 from crane.runtime.types import Accepted, Generate, SamplingParams
 from tests.tiny import make_tiny
@@ -47,23 +47,26 @@ def with_steps(engine, *sizes):
     """Let the engine use uncaptured steps for these numbers of rows; counts their runs by size."""
     graphs, counts = engine.runner.graphs, dict.fromkeys(sizes, 0)
     for size in sizes:
-        step = DecodeStep(engine.runner.model, engine.runner.kv, size, 4)
+        step = graphs._make(size)
 
-        def run(rows, plain=step.run, size=size):
+        def run(*args, plain=step.run, size=size):
             counts[size] += 1
-            return plain(rows)
+            return plain(*args)
 
         step.run = run
         graphs._steps[size] = step
     return counts
 
 
-def test_padded_steps_at_fixed_addresses_give_the_same_tokens(tiny):
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_padded_steps_at_fixed_addresses_give_the_same_tokens(tiny, overlap):
+    """Overlapped ones take each row's token from where the step before drew it."""
     expected = answers(make_engine(tiny, kernels="torch"))
-    engine = make_engine(tiny, kernels="triton")
+    engine = make_engine(tiny, kernels="triton", overlap=overlap)
     counts = with_steps(engine, 1, 4)
     assert answers(engine) == expected
     assert counts[4] >= 4 and counts[1] >= 1
+    assert (engine.stats().overlap["steps_ahead"] >= 8) == (overlap == "on")
     engine.scheduler.check()
 
 
