@@ -33,6 +33,7 @@ TORCH_FREE = [
     "crane.runtime.policy", "crane.runtime.slots", "crane.runtime.roster", "crane.runtime.forecast",
     "crane.runtime.drafts", "crane.runtime.recovery", "crane.runtime.ledger", "crane.runtime.costs",
     "crane.runtime.disk", "crane.runtime.tiers", "crane.runtime.tables", "crane.runtime.journal",
+    "crane.runtime.overlap",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "gguf", "safetensors", "triton")
 
