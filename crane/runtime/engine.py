@@ -70,22 +70,15 @@ class Engine:
             self._graphs = DecodeGraphs(model, self.memory.pages, settings.max_concurrent, self.memory.max_model_len)
         self.runner = ModelRunner(model, self.memory.pages, vocab_size, self._graphs)
         self.scheduler = Scheduler(
-            self.memory.pool,
-            max_running=settings.max_concurrent,
-            quantum_tokens=settings.decode_tokens_per_seq,
-            max_step_tokens=settings.max_step_tokens,
-            max_model_len=self.memory.max_model_len,
-            prefix_cache=settings.prefix_cache,
-            output_weight=settings.fair_output_weight,
-            drafter=Drafter(settings),
-            costs=self.memory.costs,
-            disk=self.memory.disk,
-        )
+            self.memory.pool, max_running=settings.max_concurrent, quantum_tokens=settings.decode_tokens_per_seq,
+            max_step_tokens=settings.max_step_tokens, max_model_len=self.memory.max_model_len,
+            prefix_cache=settings.prefix_cache, output_weight=settings.fair_output_weight,
+            drafter=Drafter(settings), costs=self.memory.costs, disk=self.memory.disk,
+        )  # fmt: skip
         self._compiling: list[Sequence] = []  # new sequences whose grammar may yet turn out to be wrong
         self._stats = EngineStats(num_pages=self.memory.pool.num_pages)
         self._recovery = Recovery(lambda batch: self.runner.run(batch), self.runner.free_memory)
-        why_off = devices.why_no_overlap(settings, device)
-        self._overlap = Overlap(self.scheduler, self.runner, self._recovery, why_off)
+        self._overlap = Overlap(self.scheduler, self.runner, self._recovery, devices.why_no_overlap(settings, device))
         self._metrics = Metrics()
         self._timelines = Timelines(settings.trace_requests)
         self._prefill, self._decode = _Rate(), _Rate()
