@@ -159,7 +159,7 @@ def test_all_may_leave_while_a_step_is_on_its_way(tiny):
     assert engine.scheduler.flights
     assert len(engine.abort(None)) == len(PROMPTS) and not engine.has_work
     assert not engine.scheduler.flights and not len(engine.runner._sums)
-    engine.check()
+    engine.rest()
     assert engine.stats().ledger_faults == 0
     assert tokens_of(run(engine, requests(GREEDY))) == tokens_of(run(make_engine(tiny), requests(GREEDY)))
 
