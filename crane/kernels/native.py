@@ -40,7 +40,7 @@ _SIGNATURES = {
     "crane_has_amx": (c_int32, []),
     "crane_weight_bytes": (c_int64, [_POINTER]),
     "crane_pack": (None, [_POINTER, c_int32, _POINTER, c_int64, _POINTER, _POINTER, c_int64, c_int64]),
-    "crane_pack_bf16": (None, [_POINTER] * 2 + [c_int64] * 2),
+    "crane_pack_file": (c_int32, [_POINTER] + [c_int32] * 2 + [c_int64] * 4),
     "crane_rows": (None, [_POINTER, _POINTER, c_int64, _POINTER, c_int32]),
     "crane_linear": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int64, c_int32, c_int32]),
     "crane_rms_norm": (None, [_POINTER, _POINTER, c_float, _POINTER, _POINTER, c_int64, c_int64, c_int64, c_int32]),

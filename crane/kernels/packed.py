@@ -8,9 +8,12 @@ bfloat16, as dequantising to bfloat16 does. A bfloat16 matrix is only laid out a
 """
 
 import ctypes
+import errno
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,11 +28,25 @@ _KINDS = {
     "Q2_K": (4, 2, 1, 0), "Q3_K": (4, 2, 0, 8), "Q4_K": (4, 1, 1, 0), "Q5_K": (5, 1, 1, 0), "Q6_K": (6, 2, 0, 32),
 }  # fmt: skip
 # types whose blocks C takes apart itself, in the order of their numbers there; `unpack` does it for the others
-_IN_C = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+_IN_C = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16"]
 PANEL_ROWS, _TILE_COLUMNS = 16, 32
 # Rows of x from which AMX may be faster than integers, although it widens the weight first: what is tried.
 _AMX_ROWS = (4, 8, 12, 16, 24, 32)
 _NEVER = 1 << 62
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rows of a matrix in an open file, one behind the other, of a type that `is_read_by_c`."""
+
+    path: Path
+    descriptor: int
+    offset: int  # of the first row
+    num_rows: int
+    row_bytes: int
+
+    def __len__(self) -> int:
+        return self.num_rows
 
 
 @dataclass
@@ -59,6 +76,11 @@ def is_packable(kind: str) -> bool:
     return kind in _KINDS
 
 
+def is_read_by_c(kind: str) -> bool:
+    """Whether rows of a GGUF type, or of "BF16", can be packed as they lie in the file."""
+    return kind in _IN_C
+
+
 def can_pack(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether a matrix of a GGUF type, or of "BF16", can be kept in panels for inputs of `dtype`."""
     if native.library() is None or len(shape) != 2 or shape[1] % _TILE_COLUMNS:
@@ -68,11 +90,11 @@ def can_pack(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     return kind in _KINDS and dtype in native.DTYPES
 
 
-def pack(kind: str, num_rows: int, columns: int, pieces: Iterable[Tensor]) -> PackedWeight:
+def pack(kind: str, num_rows: int, columns: int, pieces: Iterable[Tensor | Stored]) -> PackedWeight:
     """A matrix which `can_pack`, from its rows in order. Every piece but the last has a multiple of 16 rows.
 
-    pieces: GGUF blocks as uint8 [count, row_bytes]; for "BF16" bfloat16 [count, columns]. Their memory may be used
-    again for the next one.
+    pieces: GGUF blocks as uint8 [count, row_bytes]; for "BF16" bfloat16 [count, columns]; or where either lies.
+    Raises OSError where a file cannot be read.
     """
     struct = native.Weight(None, None, num_rows, columns, *_KINDS.get(kind, (16, 0, 0, 0)))
     address = ctypes.byref(struct)
@@ -80,10 +102,11 @@ def pack(kind: str, num_rows: int, columns: int, pieces: Iterable[Tensor]) -> Pa
     struct.panels = panels.data_ptr()
     start = 0
     for piece in pieces:
-        assert piece.is_contiguous() and start % PANEL_ROWS == 0, "pieces are whole panels"
-        if kind == "BF16":
-            native.library().crane_pack_bf16(address, piece.data_ptr(), start, len(piece))
+        assert start % PANEL_ROWS == 0, "pieces are whole panels"
+        if isinstance(piece, Stored):
+            _pack_stored(address, kind, piece, start)
         elif kind in _IN_C:
+            piece = piece.contiguous()
             number = _IN_C.index(kind) + 1
             native.library().crane_pack(
                 address, number, piece.data_ptr(), piece.shape[1], None, None, start, len(piece)
@@ -96,6 +119,17 @@ def pack(kind: str, num_rows: int, columns: int, pieces: Iterable[Tensor]) -> Pa
         start += len(piece)
     assert start == num_rows
     return PackedWeight(panels, struct)
+
+
+def _pack_stored(weight, kind: str, piece: Stored, start: int) -> None:
+    """Read and pack rows from `start` on. weight: its struct's address. Raises OSError."""
+    number = native.library().crane_pack_file(
+        weight, _IN_C.index(kind) + 1, piece.descriptor, piece.offset, piece.row_bytes, start, len(piece)
+    )
+    if number < 0:
+        raise OSError(errno.ENODATA, "the file became shorter while it was read", str(piece.path))
+    if number:
+        raise OSError(number, os.strerror(number), str(piece.path))
 
 
 def _measure_amx_rows() -> int:

@@ -21,7 +21,7 @@ from crane.errors import ModelError
 from crane.kernels import lang
 from crane.kernels.blocks import BlockWeight
 from crane.kernels.gguf_linear import gguf_linear
-from crane.kernels.packed import PANEL_ROWS, PackedWeight, can_pack, is_packable, pack
+from crane.kernels.packed import PANEL_ROWS, PackedWeight, Stored, can_pack, is_packable, is_read_by_c, pack
 from crane.kernels.planes import PLANE_FORMATS, Planes, pack_planes
 from crane.models.files import Checkpoint, TensorInfo
 from crane.models.gguf_header import BLOCK_TYPES, show
@@ -115,8 +115,11 @@ class Weights:
             runs[-1][1].append((name, info))
         for kind, run in runs:
             num_rows = sum(info.shape[0] for _, info in run)
-            pieces = (piece for name, info in run for piece in self._pieces(kind, name, info))
-            found.append(pack(kind, num_rows, shapes[0][1], pieces))
+            pieces = (piece for name, info in run for piece in self._stored(kind, name, info))
+            try:
+                found.append(pack(kind, num_rows, shapes[0][1], pieces))
+            except OSError as error:
+                raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from None
         return found
 
     def planes(self, names: list[str], shapes: list[tuple[int, ...]]) -> list[Planes] | None:
@@ -137,6 +140,15 @@ class Weights:
             pieces = [piece.to(self.device) for name, info in run for piece in self._pieces(kind, name, info)]
             found.append(pack_planes(BlockWeight(kind, torch.cat(pieces))))
         return found
+
+    def _stored(self, kind: str, name: str, info: TensorInfo) -> Iterator[Tensor | Stored]:
+        """The rows of a matrix, for `pack`: where they lie, if they can be packed as they are, else themselves."""
+        if kind != info.dtype or self._permuted_heads(name) or not is_read_by_c(kind):
+            yield from self._pieces(kind, name, info)
+            return
+        num_rows = info.shape[0]
+        yield Stored(info.path, self._descriptor(info.path), info.offset, num_rows, info.nbytes // num_rows)
+        self._count(info)
 
     def _pieces(self, kind: str, name: str, info: TensorInfo) -> Iterator[Tensor]:
         """The rows of a matrix, some at a time: its blocks as bytes, or in bfloat16."""

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from crane.errors import ModelError
 from crane.kernels import native, packed
 from crane.kernels.blocks import BlockWeight, dequantize
-from crane.kernels.packed import PackedLinear, can_pack, is_packable, pack
+from crane.kernels.packed import PackedLinear, Stored, can_pack, is_packable, is_read_by_c, pack
 from crane.models.config import load_config
-from crane.models.files import open_checkpoint
+from crane.models.files import Checkpoint, TensorInfo, open_checkpoint
 from crane.models.registry import load_model
+from crane.models.weights import Weights
 from crane.runtime.settings import cache_dir
 from tests.models.paged import PagedRun
 from tests.tiny import make_tiny
@@ -60,6 +62,36 @@ def test_packed_rows_are_the_blocks_values_with_scales_in_float16(library, kind)
         assert (found - expected).abs().max() <= 2e-3 * expected.abs().max()
     else:
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", [*filter(is_read_by_c, KINDS), "BF16"])
+def test_rows_packed_from_a_file_are_those_packed_from_memory(library, tmp_path, kind):
+    if not can_pack(kind, (200, 512), torch.bfloat16):
+        pytest.skip("needs AMX")
+    data = torch.randn(200, 512).bfloat16() if kind == "BF16" else random_weight(kind, 200, 512).data
+    stored = data.view(torch.uint8).numpy().tobytes()
+    (tmp_path / "weights").write_bytes(bytes(7) + stored + bytes(7))
+    with open(tmp_path / "weights", "rb") as file:
+        row = len(stored) // 200
+        pieces = [Stored(tmp_path, file.fileno(), 7 + start * row, count, row) for start, count in ((0, 48), (48, 152))]
+        found = pack(kind, 200, 512, pieces)
+    assert torch.equal(found.panels, pack(kind, 200, 512, [data]).panels)
+
+
+def test_a_file_that_cannot_be_read_to_the_end_is_an_error_while_it_is_packed(library, tmp_path):
+    (tmp_path / "weights").write_bytes(bytes(40 * 34))
+    with open(tmp_path / "weights", "rb") as file, pytest.raises(OSError, match="became shorter"):
+        pack("Q8_0", 48, 32, [Stored(tmp_path, file.fileno(), 0, 48, 34)])
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(IsADirectoryError):
+        pack("Q8_0", 48, 32, [Stored(tmp_path, descriptor, 0, 48, 34)])
+    os.close(descriptor)
+    checkpoint = open_checkpoint(make_tiny(tmp_path, "qwen3", fmt="gguf"))
+    info = TensorInfo("some.weight", "Q8_0", (48, 32), tmp_path / "weights", 0, 48 * 34)
+    cut = Checkpoint(checkpoint.path, "gguf", checkpoint.metadata, {info.name: info})
+    weights = Weights(cut, load_config(checkpoint), device="cpu", dtype=torch.float32, exact=False)
+    with pytest.raises(ModelError, match="weights: cannot be read: the file became shorter"):
+        weights.packed([info.name], [info.shape])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,14 @@
 /* Packing: from GGUF blocks, from codes taken apart elsewhere, or from bfloat16 into the panels of weight.h. */
+#define _GNU_SOURCE
 #include "weight.h"
+#include <errno.h>
+#include <stdatomic.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
 
 /* 32 columns of one row. A second scale and offset only where groups are 16 columns wide. */
 typedef struct { uint8_t q[TILE]; float scale[2], offset[2]; } Group;
@@ -7,12 +16,15 @@ typedef struct { uint8_t q[TILE]; float scale[2], offset[2]; } Group;
 typedef struct {
     const Weight *w;
     int32_t kind;                /* of blocks, see read_group */
+    int32_t file;                /* where codes are read from, unless they are in memory */
+    int64_t place;               /* of the first row in the file */
+    _Atomic int *error;          /* what went wrong in reading: errno, or -1 where the file ends too early */
     const uint8_t *codes;        /* blocks; or [count, num_columns], signed ones are moved up by shift */
     const float *scale, *offset; /* of codes: [count, num_columns / group] */
     int64_t first, count, row_bytes;
 } Pack;
 
-enum { CODES, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K }; /* as in kernels/packed.py */
+enum { CODES, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, BF16 }; /* as in kernels/packed.py */
 
 INLINE float half_at(const uint8_t *p) { uint16_t v; memcpy(&v, p, 2); return from_f16_1(v); }
 
@@ -104,38 +116,80 @@ INLINE void pack_panel(const Pack *p, int64_t index, int kind) {
     }
 }
 
-static void pack_task(void *argument, int64_t index) {
-    const Pack *p = argument;
+/* A bfloat16 panel: AMX's tiles themselves, pairs of columns of sixteen rows side by side. */
+static void pack_bf16_panel(const Pack *p, int64_t index) {
+    int64_t pairs = p->w->num_columns / 2, left = p->count - index * LANES;
+    uint32_t *to = (uint32_t *)p->w->panels + (p->first / LANES + index) * pairs * LANES;
+    for (int64_t tile = 0; tile < pairs; tile += LANES)
+        for (int64_t r = 0; r < LANES; r++) {
+            const uint8_t *from = p->codes + ((index * LANES + r) * pairs + tile) * 4;
+            for (int64_t k = 0; k < LANES; k++) {
+                uint32_t pair = 0;
+                if (r < left) memcpy(&pair, from + 4 * k, 4);
+                to[(tile + k) * LANES + r] = pair;
+            }
+        }
+}
+
+static void pack_one(const Pack *p, int64_t index) {
 #define KIND(kind) case kind: pack_panel(p, index, kind); break
     switch (p->kind) {
         KIND(CODES); KIND(Q4_0); KIND(Q4_1); KIND(Q5_0); KIND(Q5_1); KIND(Q8_0); KIND(Q4_K); KIND(Q5_K); KIND(Q6_K);
+        case BF16: pack_bf16_panel(p, index);
     }
 #undef KIND
 }
 
+static int read_bytes(int file, uint8_t *to, int64_t count, int64_t offset) {
+    while (count) {
+        int64_t got = pread(file, to, count, offset);
+        if (!got) return -1;
+        if (got < 0 && errno != EINTR) return errno;
+        if (got > 0) to += got, offset += got, count -= got;
+    }
+    return 0;
+}
+
+/* The kernel makes a panel's pages in one go, and not one at a time as they are first written. */
+static void make_pages(const Weight *w, int64_t panel) {
+    uintptr_t size = num_tiles(w) * tile_bytes(w), start = (uintptr_t)w->panels + panel * size, page = 4095;
+    madvise((void *)(start & ~page), ((start + size + page) & ~page) - (start & ~page), MADV_POPULATE_WRITE);
+}
+
+static void pack_task(void *argument, int64_t index) {
+    const Pack *p = argument;
+    make_pages(p->w, p->first / LANES + index);
+    if (!p->error) return pack_one(p, index);
+    Pack own = *p;
+    own.first += index * LANES;
+    own.count -= index * LANES;
+    int64_t bytes = (own.count < LANES ? own.count : LANES) * p->row_bytes;
+    uint8_t *rows = crane_scratch(bytes);
+    int error = read_bytes(p->file, rows, bytes, p->place + index * LANES * p->row_bytes);
+    own.codes = rows;
+    if (error) atomic_store(p->error, error);
+    else pack_one(&own, 0);
+}
+
+static void pack_all(const Pack *p) { crane_parallel(pack_task, (void *)p, (p->count + LANES - 1) / LANES); }
+
 /* Rows [first, first + count) of a weight, first a multiple of 16. kind CODES: codes are [count, num_columns], scale
-and offset [count, num_columns / group]; else codes are blocks, row_bytes a row. */
+and offset [count, num_columns / group]; else codes are blocks, row_bytes a row, or bfloat16 [count, num_columns]. */
 void crane_pack(const Weight *w, int32_t kind, const uint8_t *codes, int64_t row_bytes, const float *scale,
                 const float *offset, int64_t first, int64_t count) {
     Pack p = {.w = w, .kind = kind, .codes = codes, .scale = scale, .offset = offset, .first = first, .count = count,
               .row_bytes = row_bytes};
-    crane_parallel(pack_task, &p, (count + LANES - 1) / LANES);
+    pack_all(&p);
+}
+
+/* The same from an open file, where the rows begin at `place`. Returns 0, errno, or -1 where it ends too early. */
+int32_t crane_pack_file(const Weight *w, int32_t kind, int32_t file, int64_t place, int64_t row_bytes, int64_t first,
+                        int64_t count) {
+    _Atomic int error = 0;
+    Pack p = {.w = w, .kind = kind, .file = file, .place = place, .error = &error, .first = first, .count = count,
+              .row_bytes = row_bytes};
+    pack_all(&p);
+    return error;
 }
 
 int64_t crane_weight_bytes(const Weight *w) { return num_panels(w) * num_tiles(w) * tile_bytes(w); }
-
-static void pack_bf16_panel(void *argument, int64_t index) {
-    const Pack *p = argument;
-    const uint16_t *from = (const uint16_t *)p->codes;
-    int64_t columns = p->w->num_columns, left = p->count - index * LANES;
-    uint16_t *to = (uint16_t *)p->w->panels + (p->first / LANES + index) * columns * LANES;
-    for (int64_t r = 0; r < LANES; r++)
-        for (int64_t k = 0; k < columns; k++)
-            to[k / 2 * 32 + r * 2 + k % 2] = r < left ? from[(index * LANES + r) * columns + k] : 0;
-}
-
-/* The same of a bfloat16 weight, whose panels are AMX's tiles themselves. values: [count, num_columns]. */
-void crane_pack_bf16(const Weight *w, const uint16_t *values, int64_t first, int64_t count) {
-    Pack p = {.w = w, .codes = (const uint8_t *)values, .first = first, .count = count};
-    crane_parallel(pack_bf16_panel, &p, (count + LANES - 1) / LANES);
-}
