@@ -119,18 +119,19 @@ def _serve(options: argparse.Namespace) -> int:
 
 def run_server(settings: Settings) -> None:
     """Serve until stopped; ends the process as gunicorn does. Raises SettingsError or ModelError."""
-    from gunicorn.app.base import BaseApplication
-
-    from crane.api import App
-    from crane.api.auth import load_keys
-    from crane.api.served import ServedModel
-    from crane.runtime.client import Link
-
-    load_keys(settings)  # every worker does so itself, but a bad file is better known before there are any
     listener = _listen(settings.host, settings.port)
     address = listener.getsockname()
-    # read once, before the workers are forked: they share its memory, and a bad model ends it all here
-    model = ServedModel.load(settings)
+    with launch.engine_ahead(settings, os.getpid()):
+        from gunicorn.app.base import BaseApplication
+
+        from crane.api import App
+        from crane.api.auth import load_keys
+        from crane.api.served import ServedModel
+        from crane.runtime.client import Link
+
+        load_keys(settings)  # every worker does so itself, but a bad file is better known before there are any
+        # read once, before the workers are forked: they share its memory, and a bad model ends it all here
+        model = ServedModel.load(settings)
 
     # from here on gunicorn's own: another open copy would keep a stopping server's port half alive
     cfg = _gunicorn_options(settings, listener.detach())

@@ -139,21 +139,26 @@ def process_start(pid: int) -> str:
 
     Tells a process from a later one that got the same pid.
     """
+    return "".join(_stat(pid)[19:20])
+
+
+def _stat(pid: int) -> list[str]:
+    """What Linux says about a process, from its state on; nothing elsewhere."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def alive(pid: int) -> bool:
-    """Whether there is such a process, ended or not as long as its parent has not asked."""
+    """Whether there is such a process. One that has ended, and whose parent has not asked, is none on Linux."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return True
+    return _stat(pid)[:1] != ["Z"]
 
 
 class Arbiter:
@@ -235,6 +240,31 @@ def spawn(settings: Settings, place: Meeting, command: Sequence[str] = ENGINE_CO
         start_new_session=True,
         close_fds=True,
     )
+
+
+@contextlib.contextmanager
+def engine_ahead(settings: Settings, arbiter_pid: int, command: Sequence[str] = ENGINE_COMMAND) -> Iterator[None]:
+    """Start the engine before there are workers, so that it loads while the body prepares for them.
+
+    They find it on record as if one of them had started it. A body that fails ends it.
+    """
+    place = meeting(settings, arbiter_pid)
+    engine = None
+    if place.arbiter_pid is not None:  # else somebody else starts it
+        with locked(place) as fd:
+            if fd is not None:
+                sweep()
+                engine = spawn(settings, place, command)
+                write_record(fd, Record(attempts=1, pid=engine.pid, started_s=time.monotonic()))
+    try:
+        yield
+    except BaseException:
+        if engine is not None:
+            engine.kill()
+            engine.wait()
+            place.socket.unlink(missing_ok=True)
+            place.lock.unlink(missing_ok=True)
+        raise
 
 
 def settings_from_arguments(pairs: Sequence[str]) -> Settings:

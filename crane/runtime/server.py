@@ -304,8 +304,8 @@ class Server:
 
     @property
     def untold_failure(self) -> str:
-        """Why it failed, when no worker was there to be told."""
-        return "" if self._told_failure else self.state.reason
+        """Why it failed, when nobody was told and no worker will read it in the record."""
+        return "" if self._told_failure or self.place.arbiter_pid is not None else self.state.reason
 
 
 def load_engine(settings: Settings, progress: Callable[[int, int], None] | None = None):

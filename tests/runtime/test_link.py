@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from crane import __version__
-from crane.errors import EngineError, SettingsError
+from crane.errors import EngineError, ModelError, SettingsError
 from crane.runtime import client, launch
 from crane.runtime.client import Link, LinkThread
 from crane.runtime.settings import Settings
@@ -601,6 +601,44 @@ def test_a_first_start_that_fails_halts_with_the_reason_and_is_not_repeated(scen
         assert refused.value.code == "failed"
 
     play(scene, script)
+
+
+def test_links_find_the_engine_that_was_started_ahead_of_them(scene):
+    scene.say("slow", "0.3")
+    with launch.engine_ahead(scene.settings, scene.arbiter.pid, FAKE):
+        pass
+
+    async def script():
+        links = await scene.ready(2)
+        assert {link.state.info.pid for link in links} == set(scene.starts) and len(scene.starts) == 1
+
+    play(scene, script)
+
+
+def test_a_start_that_fails_ends_the_engine_it_began_with(scene):
+    scene.say("slow", "60")
+    with pytest.raises(ModelError), launch.engine_ahead(scene.settings, scene.arbiter.pid, FAKE):
+        while not scene.starts:
+            time.sleep(0.01)
+        raise ModelError("no such tokenizer")
+    assert gone(scene.starts[0]) and not list(launch.run_dir().glob(f"{scene.arbiter.pid}-*"))
+
+
+@pytest.mark.parametrize("how", ["broken", "die"])
+def test_links_that_come_when_the_engine_has_already_failed_halt_with_its_reason(scene, capfd, how):
+    scene.say(how)
+    with launch.engine_ahead(scene.settings, scene.arbiter.pid, FAKE):
+        while not (scene.starts and gone(scene.starts[0])):
+            time.sleep(0.01)
+
+    async def script():
+        scene.link().start()
+        await until(lambda: scene.halts)
+        expected = {"broken": f"cannot serve {scene.folder}: yes", "die": "the engine died while it was loading"}
+        assert scene.halts == [expected[how]] and len(scene.starts) == 1
+
+    play(scene, script)
+    assert "crane: " not in capfd.readouterr().err, "the worker says it, once"
 
 
 def test_an_engine_that_dies_while_loading_halts_too(scene):
