@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
-from crane.models.tokenizer import Tokenizer
+from crane.models.tokenizer import Tokenizer, trim_memory
 from crane.runtime.thinking import Section, ThinkingTracker
 from crane.runtime.types import SamplingParams
 
@@ -267,7 +267,10 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]):
     wrapper = _Vocabulary(tokenizer, vocab_size, eos_ids)
     # in two calls, so that a step that runs can go on between them: each keeps the interpreter's lock for 0.2 s
     plain = llguidance.LLTokenizer(wrapper, n_vocab=vocab_size + 1, eos_token=vocab_size, slices=[])
-    return plain.with_slices(llguidance.LLTokenizer.general_slices())
+    vocabulary = plain.with_slices(llguidance.LLTokenizer.general_slices())
+    del plain, wrapper
+    trim_memory()
+    return vocabulary
 
 
 def _validate(grammar: str) -> str | None:
