@@ -46,7 +46,13 @@ _SIGNATURES = {
     "crane_rms_norm": (None, [_POINTER, _POINTER, c_float, _POINTER, _POINTER, c_int64, c_int64, c_int64, c_int32]),
     "crane_silu_mul": (None, [_POINTER, _POINTER, c_int64, c_int64, c_int32]),
     "crane_qkv_post": (None, [_POINTER] * 6 + [c_int64] * 6 + [c_float, c_int32, c_int32]),
+    "crane_angles": (None, [_POINTER] * 4 + [c_int64] * 2 + [c_float]),
     "crane_decode": (c_int32, [_POINTER] * 7 + [c_int64] * 9 + [c_float, c_int32]),
+    "crane_record": (c_int32, []),
+    "crane_recorded": (_POINTER, []),
+    "crane_forget": (None, [_POINTER]),
+    "crane_num_calls": (c_int32, [_POINTER]),
+    "crane_replay": (c_int32, [_POINTER] * 3),
 }
 
 

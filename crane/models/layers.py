@@ -14,7 +14,7 @@ from crane.kernels.norm import rms_norm
 from crane.kernels.packed import PackedLinear
 from crane.kernels.planes import Planes
 from crane.kernels.qkv_post import qkv_post
-from crane.kernels.rope import rope_tables
+from crane.kernels.rope import position_tables
 from crane.models.config import ModelConfig, RopeConfig
 from crane.models.context import ForwardContext
 from crane.models.weights import Weights
@@ -132,7 +132,7 @@ class Rope:
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: int64 [num_tokens]. Returns the `rope_tables` of its tokens."""
-        return rope_tables(positions.unsqueeze(1).float() * self.inv_freq, self.scale)
+        return position_tables(positions, self.inv_freq, self.scale)
 
 
 class Attention:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from crane.kernels import registry
+from crane.kernels import native, registry
 from crane.models.config import load_config
 from crane.models.files import open_checkpoint
 from crane.models.registry import load_model
@@ -23,6 +23,7 @@ from crane.runtime.kv_cache import open_disk
 from crane.runtime.kv_memory import KVMemory
 from crane.runtime.metrics import Metrics
 from crane.runtime.overlap import Flight, Overlap
+from crane.runtime.recorded import RecordedSteps
 from crane.runtime.recovery import Recovery
 from crane.runtime.runner import ModelRunner
 from crane.runtime.scheduler import Scheduler
@@ -65,10 +66,13 @@ class Engine:
         vocab_size = min(tokenizer.vocab_size, config.vocab_size)
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_ids)
         self.memory = KVMemory(settings, config, device, kv_dtype, disk)
-        self._graphs = None
-        if settings.cuda_graphs:
-            self._graphs = DecodeGraphs(model, self.memory.pages, settings.max_concurrent, self.memory.max_model_len)
-        self.runner = ModelRunner(model, self.memory.pages, vocab_size, self._graphs)
+        self._graphs = self._recorded = None
+        shape = self.memory.pages, settings.max_concurrent, self.memory.max_model_len
+        if settings.recorded_steps and native.library() is not None:
+            self._recorded = RecordedSteps(model, *shape)
+        elif settings.cuda_graphs:
+            self._graphs = DecodeGraphs(model, *shape)
+        self.runner = ModelRunner(model, self.memory.pages, vocab_size, self._recorded or self._graphs)
         self.scheduler = Scheduler(
             self.memory.pool, max_running=settings.max_concurrent, quantum_tokens=settings.decode_tokens_per_seq,
             max_step_tokens=settings.max_step_tokens, max_model_len=self.memory.max_model_len,
@@ -334,7 +338,8 @@ class Engine:
         stats.active_sequences = scheduler.num_live - stats.waiting_sequences
         stats.free_pages = scheduler.pool.num_free
         stats.overlap = self._overlap.report()
-        stats.kernels = registry.report() | {"cuda_graphs": self._graphs.state if self._graphs else "ruled out"}
+        steps = {"cuda_graphs": self._graphs, "recorded_steps": self._recorded}
+        stats.kernels = registry.report() | {name: each.state if each else "not used" for name, each in steps.items()}
         stats.uptime_s = round(time.monotonic() - self._started_s, 3)
         return stats
 

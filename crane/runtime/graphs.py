@@ -96,8 +96,8 @@ class DecodeStep:
         self._hidden: Tensor | None = None
 
     @torch.inference_mode()
-    def run(self, rows: list[Row], places: dict[Sequence, int], drawn: Tensor | None) -> Tensor:
-        """Hidden states [len(rows), hidden] of the rows' tokens, whose K/V are in their pages then.
+    def run(self, rows: list[Row], places: dict[Sequence, int], drawn: Tensor | None) -> tuple[Tensor, None]:
+        """Hidden states [len(rows), hidden] of the rows' tokens, whose K/V are in their pages then; no logits.
 
         The tensor is overwritten by the next call. places, drawn: as in `Row.ahead`; None when nothing is unknown.
         """
@@ -108,7 +108,7 @@ class DecodeStep:
             self._graph.replay()
         else:
             self._hidden = self._compute()
-        return self._hidden[: len(rows)]
+        return self._hidden[: len(rows)], None
 
     @torch.inference_mode()
     def capture(self, pool) -> None:

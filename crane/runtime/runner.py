@@ -15,6 +15,7 @@ from crane.models.context import ForwardContext
 from crane.runtime.batch import Batch, Picked, Row
 from crane.runtime.grammar import Constraint
 from crane.runtime.graphs import DecodeGraphs
+from crane.runtime.recorded import RecordedSteps
 from crane.runtime.sampler import Sampler, pack
 from crane.runtime.sequence import Sequence
 
@@ -64,7 +65,7 @@ class ModelRunner:
     graphs: compute the steps that they can take.
     """
 
-    def __init__(self, model, kv: Tensor, vocab_size: int, graphs: DecodeGraphs | None = None):
+    def __init__(self, model, kv: Tensor, vocab_size: int, graphs: DecodeGraphs | RecordedSteps | None = None):
         self.model = model
         self.graphs = graphs
         self.kv = kv
@@ -111,16 +112,16 @@ class ModelRunner:
         step = self.graphs.step_for(rows) if self.graphs is not None and not fixed else None
         before = launched.before
         if step is None:
-            hidden = self._hidden(filled, starts, before)  # [num_tokens, hidden]
+            hidden, logits = self._hidden(filled, starts, before), None  # [num_tokens, hidden]
         else:
-            hidden = step.run(rows, before.places, before.drawn if before.draws else None)
+            hidden, logits = step.run(rows, before.places, before.drawn if before.draws else None)
         for row, found, first in zip(rows, picked, starts):
             if row.sequence.pooling:
                 self._pool(row, hidden[first : first + row.count], found, launched)
             if row.prompt_logits:
                 self._prompt_logprobs(row, hidden[first : first + row.count], found, launched)
         ends = [start + row.count for row, start in zip(filled, starts)]
-        (self._draw_fixed if fixed else self._draw)(rows, ends, hidden, constrained, picked, launched)
+        (self._draw_fixed if fixed else self._draw)(rows, ends, hidden, logits, constrained, picked, launched)
 
     def _hidden(self, rows: list[Row], query_starts: list[int], before: Launched) -> Tensor:
         """The model's hidden states of all tokens of these rows: [num_tokens, hidden]."""
@@ -130,8 +131,8 @@ class ModelRunner:
             ids = fill_in(ids, before.drawn)
         return self.model(ids, self._context(rows, query_starts))
 
-    def _draw_fixed(self, rows: list[Row], ends: list[int], hidden: Tensor, constrained: dict[int, Constraint],
-                    picked: list[Picked], launched: Launched) -> None:
+    def _draw_fixed(self, rows: list[Row], ends: list[int], hidden: Tensor, logits: None,
+                    constrained: dict[int, Constraint], picked: list[Picked], launched: Launched) -> None:
         """`_draw` of deterministic rows, which have no drafts: the logits of all together, the draws one by one."""
         if not any(row.samples for row in rows):
             return
@@ -142,18 +143,19 @@ class ModelRunner:
                 mask = {0: masks[i]} if i in masks else {}
                 self._pick(logits[i : i + 1], [(row, 0, picked[i])], mask, launched)
 
-    def _draw(self, rows: list[Row], ends: list[int], hidden: Tensor, constrained: dict[int, Constraint],
-              picked: list[Picked], launched: Launched) -> None:
+    def _draw(self, rows: list[Row], ends: list[int], hidden: Tensor, logits: Tensor | None,
+              constrained: dict[int, Constraint], picked: list[Picked], launched: Launched) -> None:
         """The next token of each row that samples, and one behind each of its drafts, into `picked`.
 
-        hidden: [num_tokens, hidden]. ends: where each row's tokens end in it.
+        hidden: [num_tokens, hidden]. ends: where each row's tokens end in it. logits: theirs, if known.
         """
         # (row, how many of its drafts come before)
         sampling = [(i, ahead) for i, row in enumerate(rows) if row.samples for ahead in range(len(row.drafts) + 1)]
         if not sampling:
             return
         first = [end - len(row.drafts) - 1 for end, row in zip(ends, rows)]
-        logits = self.model.logits(hidden[self._ints([first[i] + ahead for i, ahead in sampling])])
+        if logits is None:
+            logits = self.model.logits(hidden[self._ints([first[i] + ahead for i, ahead in sampling])])
         masks = _take_masks(constrained)
         late = [masks.get(i, 0) is None for i, _ in sampling]
         if any(late):

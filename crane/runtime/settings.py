@@ -48,6 +48,7 @@ class Settings:
         choices=("auto", "torch", "triton"),
     )
     cuda_graphs: bool = _setting(True, "on a GPU, replay decode steps as CUDA graphs")
+    recorded_steps: bool = _setting(True, "on a CPU, replay decode steps as recorded lists of C calls")
     overlap: str = _setting(
         "auto",
         "launch a step before the tokens of the one before are read, so that the device need not wait for the host: "

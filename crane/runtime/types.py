@@ -346,7 +346,8 @@ class EngineStats(msgspec.Struct):
     memory_shortages: int = 0  # of those: for lack of memory
     ledger_faults: int = 0  # times that pages were found unaccounted for
     uptime_s: float = 0.0
-    # what each runs in, "triton" or "torch", and why not in Triton; "cuda_graphs": of how many rows, and why of no more
+    # what each runs in, "triton" or "torch", and why not in Triton; "cuda_graphs", "recorded_steps": of
+    # how many rows, and why of no more
     kernels: dict[str, str] = {}
     # "on", "why_off"; "steps_ahead": launched while another one ran; "steps_alone": how many others were not, by why
     overlap: dict[str, bool | str | int | dict[str, int] | None] = {}

@@ -10,6 +10,7 @@ from crane.kernels.norm import rms_norm
 from crane.kernels.qkv_post import _case as qkv_post_case
 from crane.kernels.qkv_post import qkv_post
 from crane.kernels.registry import Case as KernelCase
+from crane.kernels.rope import position_tables, rope_tables
 from crane.runtime.settings import cache_dir
 from tests.kernels.cases import run_case
 from tests.kernels.test_attention import ROWS, Case
@@ -61,6 +62,13 @@ def test_the_gate_holds_at_the_ends_of_the_range():
     both = torch.cat((gate, torch.ones_like(gate)), 1)
     expected = torch.nn.functional.silu(gate.double()).float()
     torch.testing.assert_close(silu_mul.in_c(both), expected, rtol=1e-6, atol=1e-30)
+
+
+def test_positions_turn_as_far_as_the_reference_turns_them():
+    positions, frequencies = torch.tensor([0, 1, 77, 4095, 131071, 999_999]), torch.rand(24)
+    angles = (positions.unsqueeze(1).float() * frequencies).double()
+    for got, expected in zip(position_tables(positions, frequencies, 1.25), rope_tables(angles, 1.25), strict=True):
+        torch.testing.assert_close(got, expected.float(), rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("rows", [*ROWS.values(), [(1, 1300), (1, 513), (8, 1027), (9, 20)]], ids=[*ROWS, "long"])

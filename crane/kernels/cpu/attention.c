@@ -191,34 +191,40 @@ static void merge(const Decode *p, int64_t entry, int64_t task, int64_t chunks) 
     }
 }
 
+/* Divides the work and does it; lengths and the table are read now. */
+static int32_t run_decode(const void *argument) {
+    Decode p = *(const Decode *)argument;
+    int64_t tasks = 0, heads = p.kv_heads * p.splits;
+    for (int64_t i = 0; i < p.count; i++) tasks += (p.lengths[i] + CHUNK - 1) / CHUNK * heads;
+    char *room = malloc(tasks * (8 + p.split * (p.head_dim + 2) * 4) + 64);
+    if (!room) return 1;
+    int32_t *entry = (int32_t *)room, *chunk = entry + tasks, *at = entry;
+    for (int64_t i = 0; i < p.count; i++)
+        for (int64_t c = 0; c < (p.lengths[i] + CHUNK - 1) / CHUNK; c++)
+            for (int64_t h = 0; h < heads; h++, at++) *at = (int32_t)i, at[tasks] = (int32_t)c;
+    p.task_entry = entry, p.task_chunk = chunk, p.parts = (float *)(room + (tasks * 8 + 63) / 64 * 64);
+    crane_parallel(decode_task, &p, tasks);
+    for (int64_t i = 0, task = 0; i < p.count; i++) {
+        int64_t chunks = (p.lengths[i] + CHUNK - 1) / CHUNK;
+        merge(&p, i, task, chunks);
+        task += chunks * heads;
+    }
+    free(room);
+    return 0;
+}
+
 /* q: tokens q_stride elements apart, [heads, head_dim] each. out: [tokens, heads, head_dim]. kv: see kernels/pages.py.
 layer: whose keys and values to read. Returns 0, or 1 when there is no memory. */
 int32_t crane_decode(const void *q, void *out, const void *kv, const int64_t *tokens, const int64_t *table_rows,
                      const int64_t *lengths, const int64_t *table, int64_t count, int64_t table_width,
                      int64_t q_stride, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t page_size,
                      int64_t num_layers, int64_t layer, float scale, int32_t dtype) {
+    int64_t group = heads / kv_heads, split = group < MAX_GROUP ? group : MAX_GROUP;
     Decode p = {.q = q, .out = out, .kv = kv, .tokens = tokens, .table_rows = table_rows, .lengths = lengths,
                 .table = table, .count = count, .table_width = table_width, .q_stride = q_stride, .heads = heads,
                 .kv_heads = kv_heads, .head_dim = head_dim, .page_size = page_size,
                 .page_stride = 2 * num_layers * page_size, .layer_start = 2 * layer * page_size, .scale = scale,
-                .dtype = dtype, .use_amx = dtype == BFLOAT16 && head_dim % 32 == 0 && crane_has_amx()};
-    int64_t tasks = 0, group = heads / kv_heads;
-    p.split = group < MAX_GROUP ? group : MAX_GROUP;
-    p.splits = (group + p.split - 1) / p.split;
-    for (int64_t i = 0; i < count; i++) tasks += (lengths[i] + CHUNK - 1) / CHUNK * kv_heads * p.splits;
-    char *room = malloc(tasks * (8 + p.split * (head_dim + 2) * 4) + 64);
-    if (!room) return 1;
-    int32_t *entry = (int32_t *)room, *chunk = entry + tasks, *at = entry;
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t c = 0; c < (lengths[i] + CHUNK - 1) / CHUNK; c++)
-            for (int64_t h = 0; h < kv_heads * p.splits; h++, at++) *at = (int32_t)i, at[tasks] = (int32_t)c;
-    p.task_entry = entry, p.task_chunk = chunk, p.parts = (float *)(room + (tasks * 8 + 63) / 64 * 64);
-    crane_parallel(decode_task, &p, tasks);
-    for (int64_t i = 0, task = 0; i < count; i++) {
-        int64_t chunks = (lengths[i] + CHUNK - 1) / CHUNK;
-        merge(&p, i, task, chunks);
-        task += chunks * kv_heads * p.splits;
-    }
-    free(room);
-    return 0;
+                .dtype = dtype, .use_amx = dtype == BFLOAT16 && head_dim % 32 == 0 && crane_has_amx(),
+                .split = split, .splits = (group + split - 1) / split};
+    return crane_call("attention", run_decode, &p, sizeof p);
 }

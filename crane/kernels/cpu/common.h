@@ -88,6 +88,12 @@ INLINE void store_as1(void *p, int64_t i, float v, int dtype) {
 /* pool.c: calls task(argument, i) once for every i in [0, num_tasks), on all threads. */
 void crane_parallel(void (*task)(void *, int64_t), void *argument, int64_t num_tasks);
 int crane_threads(void);
+/* Between these the pool is the calling thread's, and no thread of it sleeps. */
+void crane_hold(void);
+void crane_release(void);
+/* record.c: run(argument), which returns not 0 when it fails; while the calling thread records, both are kept to be
+called again, so argument (size bytes) says all there is to know. name: the kernel's, a literal. */
+int32_t crane_call(const char *name, int32_t (*run)(const void *argument), const void *argument, size_t size);
 /* linear.c: whether AMX may be used */
 int crane_has_amx(void);
 /* memory of the calling thread, at least so large, 64-byte aligned; its content is lost at the next call */

@@ -1,4 +1,5 @@
 /* The small operators of a layer: RMS norm, the rotation of q and k, the gate of the MLP. Computed in float32. */
+#define _GNU_SOURCE
 #include "common.h"
 #include <math.h>
 
@@ -6,11 +7,9 @@
 #define TASK_ELEMENTS 16384
 #define MAX_HEAD_DIM 1024
 
-static void run_rows(void (*task)(void *, int64_t), void *argument, int64_t rows, int64_t *rows_per_task,
-                     int64_t elements) {
-    *rows_per_task = 1 + TASK_ELEMENTS / (elements + 1);
-    crane_parallel(task, argument, (rows + *rows_per_task - 1) / *rows_per_task);
-}
+INLINE int64_t rows_per_task(int64_t elements) { return 1 + TASK_ELEMENTS / (elements + 1); }
+#define RUN_ROWS(p, task) \
+    (crane_parallel(task, (void *)(p), ((p)->rows + (p)->rows_per_task - 1) / (p)->rows_per_task), 0)
 #define FOR_ROWS(p, index, row)                                                                      \
     for (int64_t row = (index) * (p)->rows_per_task, end_ = row + (p)->rows_per_task;                \
          row < (end_ < (p)->rows ? end_ : (p)->rows); row++)
@@ -50,11 +49,13 @@ static void norm_task(void *argument, int64_t index) {
     }
 }
 
+static int32_t run_norm(const void *p) { return RUN_ROWS((const Norm *)p, norm_task); }
+
 /* x: rows of size elements, stride apart; residual (or NULL), out: [rows, size]; weight: [size]. All of one dtype. */
 void crane_rms_norm(const void *x, const void *weight, float eps, void *residual, void *out, int64_t rows,
                     int64_t size, int64_t stride, int32_t dtype) {
-    Norm p = {x, weight, residual, out, rows, size, stride, 0, eps, dtype};
-    run_rows(norm_task, &p, rows, &p.rows_per_task, size);
+    Norm p = {x, weight, residual, out, rows, size, stride, rows_per_task(size), eps, dtype};
+    crane_call("norm", run_norm, &p, sizeof p);
 }
 
 typedef struct {
@@ -84,10 +85,12 @@ static void gate_task(void *argument, int64_t index) {
     }
 }
 
+static int32_t run_gate(const void *p) { return RUN_ROWS((const Gate *)p, gate_task); }
+
 /* gate_up: [rows, 2 * size]; out: [rows, size]. */
 void crane_silu_mul(const void *gate_up, void *out, int64_t rows, int64_t size, int32_t dtype) {
-    Gate p = {gate_up, out, rows, size, 0, dtype};
-    run_rows(gate_task, &p, rows, &p.rows_per_task, size * 4);
+    Gate p = {gate_up, out, rows, size, rows_per_task(size * 4), dtype};
+    crane_call("gate", run_gate, &p, sizeof p);
 }
 
 typedef struct {
@@ -131,12 +134,43 @@ static void rotate_task(void *argument, int64_t index) {
     }
 }
 
+static int32_t run_rotate(const void *p) { return RUN_ROWS((const Rotate *)p, rotate_task); }
+
 /* Heads of q and k are normalised if there is a weight, rotated in place, and k and v written to their pages.
 qkv: [rows, heads + 2 * kv_heads, head_dim]. key_start: where the layer's keys start, in token vectors. */
 void crane_qkv_post(void *qkv, void *kv, const float *cos, const float *sin, const void *norm_weight,
                   const int64_t *index, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
                   int64_t key_start, int64_t page_size, float eps, int32_t norm_first, int32_t dtype) {
     Rotate p = {qkv, kv, cos, sin, norm_weight, index, rows, heads, kv_heads, head_dim,
-                key_start, page_size, 0, eps, norm_first, dtype};
-    run_rows(rotate_task, &p, rows, &p.rows_per_task, (heads + kv_heads) * head_dim);
+                key_start, page_size, rows_per_task((heads + kv_heads) * head_dim), eps, norm_first, dtype};
+    crane_call("rotation", run_rotate, &p, sizeof p);
+}
+
+typedef struct {
+    const int64_t *positions;
+    const float *frequencies;
+    float *cos, *sin;
+    int64_t rows, half, rows_per_task;
+    float scale;
+} Angles;
+
+static void angles_task(void *argument, int64_t index) {
+    const Angles *p = argument;
+    FOR_ROWS(p, index, row)
+        for (int64_t i = 0; i < p->half; i++) {
+            float sine, cosine, *cos = p->cos + row * 2 * p->half + i, *sin = p->sin + row * 2 * p->half + i;
+            sincosf((float)p->positions[row] * p->frequencies[i], &sine, &cosine);
+            cos[0] = cos[p->half] = cosine * p->scale;
+            sin[p->half] = sine * p->scale;
+            sin[0] = -sin[p->half];
+        }
+}
+
+static int32_t run_angles(const void *p) { return RUN_ROWS((const Angles *)p, angles_task); }
+
+/* What rotates each position: cos, sin: [rows, 2 * half]; frequencies: [half]. See `rope_tables` in kernels/rope.py. */
+void crane_angles(const int64_t *positions, const float *frequencies, float *cos, float *sin, int64_t rows,
+                  int64_t half, float scale) {
+    Angles p = {positions, frequencies, cos, sin, rows, half, rows_per_task(half * 16), scale};
+    crane_call("angles", run_angles, &p, sizeof p);
 }

@@ -56,7 +56,7 @@ INLINE void unpack(const uint8_t *from, int bits, int groups, int has_offset, fl
 
 /* ---- rows of the weight as they are: an embedding's look-up */
 
-typedef struct { const Weight *w; const int64_t *ids; void *out; int32_t dtype; } Rows;
+typedef struct { const Weight *w; const int64_t *ids; void *out; int64_t count; int32_t dtype; } Rows;
 
 static void read_row(void *argument, int64_t index) {
     const Rows *p = argument;
@@ -82,10 +82,12 @@ static void read_row(void *argument, int64_t index) {
     }
 }
 
+static int32_t run_rows(const void *p) { return crane_parallel(read_row, (void *)p, ((const Rows *)p)->count), 0; }
+
 /* ids: [count]. out: [count, num_columns]. */
 void crane_rows(const Weight *w, const int64_t *ids, int64_t count, void *out, int32_t dtype) {
-    Rows p = {w, ids, out, dtype};
-    crane_parallel(read_row, &p, count);
+    Rows p = {w, ids, out, count, dtype};
+    crane_call("embedding", run_rows, &p, sizeof p);
 }
 
 /* ---- few rows: integers */
@@ -98,7 +100,7 @@ typedef struct {
     const void *x;
     void *out;
     int64_t num_rows, out_stride, panels_per_task;
-    int32_t dtype, out_dtype;
+    int32_t dtype, out_dtype, method;
     int8_t *q;     /* [num_rows, num_columns] */
     Round *rounds; /* [num_rows, num_columns / 32] */
 } Product;
@@ -352,18 +354,23 @@ int crane_has_amx(void) {
 int crane_has_amx(void) { return 0; }
 #endif
 
+static int32_t run_linear(const void *argument) {
+    Product p = *(const Product *)argument;
+#ifdef __AMX_BF16__
+    if (p.method && crane_has_amx()) { /* which also asks the system for permission */
+        crane_parallel(amx_task, &p, (num_panels(p.w) + WIDE - 1) / WIDE);
+        return 0;
+    }
+#endif
+    integer_product(&p);
+    return 0;
+}
+
 /* x: [num_rows, num_columns] of dtype, contiguous. out: rows of out_dtype, out_stride elements apart, starting at
 this weight's first column. method 0: integers; 1: AMX, for bfloat16 x where `crane_has_amx`. */
 void crane_linear(const Weight *w, const void *x, int64_t num_rows, int32_t dtype, void *out, int64_t out_stride,
                   int32_t out_dtype, int32_t method) {
     Product p = {.w = w, .x = x, .out = out, .num_rows = num_rows, .out_stride = out_stride, .dtype = dtype,
-                 .out_dtype = out_dtype};
-#ifdef __AMX_BF16__
-    if (method && crane_has_amx()) { /* which also asks the system for permission */
-        crane_parallel(amx_task, &p, (num_panels(w) + WIDE - 1) / WIDE);
-        return;
-    }
-#endif
-    (void)method;
-    integer_product(&p);
+                 .out_dtype = out_dtype, .method = method};
+    crane_call("product", run_linear, &p, sizeof p);
 }

@@ -18,7 +18,7 @@ static struct {
     pthread_mutex_t lock;
     pthread_cond_t wake;
     int num_threads, num_started;
-    _Atomic int spins, num_asleep;
+    _Atomic int spins, num_asleep, is_held;
     /* job number << 32 | next task. CLOSED: no task may be taken. */
     _Atomic uint64_t state;
     _Atomic int64_t num_done;
@@ -27,6 +27,8 @@ static struct {
     int64_t num_tasks;
 } pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER,
           .num_threads = 1, .spins = 2000, .state = CLOSED};
+
+static __thread int holds; /* the calling thread has `busy` for several jobs */
 
 /* Takes tasks of job `number` until none is left. A successful exchange proves that the job is still open, and it
 stays open until the task is done: so the fields read before belong to it. */
@@ -48,7 +50,8 @@ static void *serve(void *unused) {
     for (;;) {
         uint32_t number;
         int left = atomic_load_explicit(&pool.spins, memory_order_relaxed);
-        while ((number = atomic_load_explicit(&pool.state, memory_order_acquire) >> 32) == seen && left-- > 0)
+        while ((number = atomic_load_explicit(&pool.state, memory_order_acquire) >> 32) == seen &&
+               (left-- > 0 || atomic_load_explicit(&pool.is_held, memory_order_relaxed)))
             _mm_pause();
         if (number == seen) {
             pthread_mutex_lock(&pool.lock);
@@ -78,6 +81,7 @@ static void start_threads(void) {
 
 static void forget_threads(void) { /* a fork has none of them, and works alone */
     pool.num_started = pool.num_threads = 1;
+    atomic_store(&pool.is_held, holds = 0);
     pthread_mutex_init(&pool.busy, NULL);
     pthread_mutex_init(&pool.lock, NULL);
 }
@@ -91,9 +95,21 @@ void crane_set_threads(int count, int spins) {
 
 int crane_threads(void) { return pool.num_threads; }
 
+void crane_hold(void) {
+    holds = pool.num_threads > 1 && !pthread_mutex_trylock(&pool.busy);
+    if (holds) atomic_store(&pool.is_held, 1);
+}
+
+void crane_release(void) {
+    if (!holds) return;
+    holds = 0;
+    atomic_store(&pool.is_held, 0);
+    pthread_mutex_unlock(&pool.busy);
+}
+
 void crane_parallel(void (*task)(void *, int64_t), void *argument, int64_t num_tasks) {
     /* alone: nothing to share, or another thread's job has the pool */
-    if (num_tasks < 2 || pool.num_threads < 2 || pthread_mutex_trylock(&pool.busy)) {
+    if (num_tasks < 2 || pool.num_threads < 2 || (!holds && pthread_mutex_trylock(&pool.busy))) {
         for (int64_t i = 0; i < num_tasks; i++) task(argument, i);
         return;
     }
@@ -113,7 +129,7 @@ void crane_parallel(void (*task)(void *, int64_t), void *argument, int64_t num_t
         else sched_yield(); /* the thread that has the last task is not running: let it */
     }
     atomic_store(&pool.state, (uint64_t)number << 32 | CLOSED);
-    pthread_mutex_unlock(&pool.busy);
+    if (!holds) pthread_mutex_unlock(&pool.busy);
 }
 
 void *crane_scratch(size_t bytes) {

@@ -1,0 +1,139 @@
+"""Decode steps on a CPU as lists of C calls: what `graphs` is on a GPU, and for the same steps.
+
+A step with a number of rows that was not met before is recorded while it is computed, which costs little more than
+the step. Its next one is computed in both ways and compared bit for bit; from then on the list is made again by one
+call, over buffers that hold what varies. The first number of rows that cannot be recorded, or gives something else,
+ends it for all, with the reason in the log and in `state`.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from crane.kernels.attention import AttentionPlan
+from crane.kernels.pages import slot_index
+from crane.kernels.recording import Memory, NotRecordable, Recording, record
+from crane.kernels.streamed import StreamedRows, streams
+from crane.kernels.transfer import fill_in
+from crane.models.context import ForwardContext
+from crane.runtime.batch import Row
+from crane.runtime.sequence import Sequence
+
+log = logging.getLogger("crane.engine")
+
+# So many recorded steps are kept, those that were needed last.
+_MOST_STEPS = 64
+
+
+class RecordedSteps:
+    """The decode steps of one engine, by number of rows: exact ones, because padding is work on a CPU.
+
+    model: see `Decoder`. kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]. max_rows: of a step.
+    max_len: tokens of a sequence.
+    """
+
+    def __init__(self, model, kv: Tensor, max_rows: int, max_len: int):
+        self._model, self._kv, self._max_rows = model, kv, max_rows
+        self._max_pages = -(-max_len // kv.shape[3])
+        self._inputs = torch.zeros(5, max_rows, dtype=torch.int64)  # token, position, slot, slot's index, length
+        self._table = torch.zeros(max_rows, self._max_pages, dtype=torch.int64)
+        self._pages: list[list[int]] = [[] for _ in range(max_rows)]  # what `_table` has
+        self._places = torch.arange(max_rows)
+        self._memory = Memory()
+        self._steps: OrderedDict[int, Recording] = OrderedDict()
+        self._proved: set[int] = set()  # of them those that were compared
+        self.reason = None if streams(kv) else "attention over these pages does not run in C"
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that all recorded steps together compute in."""
+        return sum(map(len, self._memory.blocks))
+
+    @property
+    def state(self) -> str:
+        """One line: for how many rows there are recorded steps, or why there are none."""
+        return self.reason or f"for {', '.join(map(str, sorted(self._proved))) or 'no'} rows so far"
+
+    def step_for(self, rows: list[Row]) -> "RecordedSteps | None":
+        """Who runs these rows, when each computes one token and draws the next, and nothing special is wanted."""
+        plain = all(row.count == 1 and row.samples and not (row.prompt_logits or row.sequence.pooling) for row in rows)
+        return self if plain and self.reason is None and len(rows) <= self._max_rows else None
+
+    @torch.inference_mode()
+    def run(self, rows: list[Row], places: dict[Sequence, int], drawn: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Hidden states [len(rows), hidden] and logits [len(rows), vocab] of the rows' tokens, whose K/V are in their
+        pages then. The next call overwrites both. places, drawn: as in `Row.ahead`; None when nothing is unknown.
+
+        Raises MemoryError.
+        """
+        count = len(rows)
+        self._fill(rows, places)
+        if drawn is not None:
+            self._inputs[0, :count] = fill_in(self._inputs[0, :count], drawn)
+        step = self._steps.get(count)
+        if step is None:
+            return self._record(count)
+        self._steps.move_to_end(count)
+        step.replay()
+        return step.results if count in self._proved else self._prove(count, step)
+
+    def _record(self, count: int) -> tuple[Tensor, Tensor]:
+        compute = self._step(count)
+        try:
+            step = record(compute, self._memory, -(-self._max_rows // count))
+        except NotRecordable as error:
+            self._stop(logging.INFO, str(error))
+            return compute()
+        self._steps[count] = step
+        if len(self._steps) > _MOST_STEPS:
+            self._proved.discard(self._steps.popitem(last=False)[0])
+        return step.results
+
+    def _prove(self, count: int, step: Recording) -> tuple[Tensor, Tensor]:
+        plain = self._step(count)()
+        pairs = zip(plain, step.results, strict=True)
+        if all(torch.equal(one.view(torch.uint8), other.view(torch.uint8)) for one, other in pairs):
+            self._proved.add(count)
+        else:
+            self._stop(logging.WARNING, f"a recorded step of {count} rows gives something else")
+        return plain
+
+    def _stop(self, level: int, reason: str) -> None:
+        log.log(level, "decode steps are not recorded: %s", reason)
+        self.reason, self._memory = reason, Memory()
+        self._steps.clear()
+        self._proved.clear()
+
+    def _fill(self, rows: list[Row], places: dict[Sequence, int]) -> None:
+        size = self._kv.shape[3]
+        tokens, positions, slots, index, lengths = self._inputs[:, : len(rows)].numpy()
+        for place, row in enumerate(rows):
+            pages = row.sequence.pages
+            (tokens[place],) = row.input_ids(places)
+            positions[place] = row.start
+            slots[place] = pages[row.start // size] * size + row.start % size
+            if self._pages[place] != pages:
+                self._table[place, : len(pages)] = torch.tensor(pages)
+                self._pages[place] = list(pages)
+        index[:] = slot_index(slots, self._kv)
+        lengths[:] = positions + 1
+
+    def _step(self, count: int) -> Callable[[], tuple[Tensor, Tensor]]:
+        """What computes the rows that `_fill` was given."""
+        tokens, positions, slots, index, lengths = self._inputs[:, :count]
+        context = ForwardContext(
+            positions=positions, slots=slots, query_lens=[1] * count, query_starts=list(range(count)),
+            context_lens=[0] * count, page_table=self._table, kv=self._kv, page_size=self._kv.shape[3],
+        )  # fmt: skip
+        places = self._places[:count]
+        context.attention_plan = AttentionPlan([], [], StreamedRows(places, places, lengths, self._table))
+        context.slot_index = index
+
+        def compute() -> tuple[Tensor, Tensor]:
+            hidden = self._model(tokens, context)
+            return hidden, self._model.logits(hidden)
+
+        return compute
