@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -46,8 +47,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = "The sky is blue because air scatters the short waves of sunlight more than the long ones, and so on. "
 PROMPT = "Say what you know about the sky, in as many words as it takes, and then say it again for the others. "
 BODIES = {
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": PROMPT}]},
-    "/v1/completions": {"prompt": PROMPT},
+    "/v1/chat/completions": lambda text: {"messages": [{"role": "user", "content": text}]},
+    "/v1/completions": lambda text: {"prompt": text},
 }
 WORKER = "crane.api.worker.CraneWorker"
 SHORT, LONG = 64, 512  # tokens of an answer
@@ -98,7 +99,7 @@ class TickingEngine:
     def prepare(self) -> bool:
         return False
 
-    def check(self) -> None:
+    def rest(self) -> None:
         """Nothing can be out of order here."""
 
     def close(self) -> None:
@@ -301,7 +302,7 @@ def ticking_engine(model: str, step_ms: float, folder: Path):
 async def check(port: int, path: str, num_tokens: int, text: str) -> int:
     """Raises SystemExit unless crane streams exactly the engine's tokens. Returns the median bytes of an event."""
     client = await Client.connect(port)
-    body = {**BODIES[path], "max_tokens": num_tokens, "stream_options": {"include_usage": True}}
+    body = {**BODIES[path](PROMPT), "max_tokens": num_tokens, "stream_options": {"include_usage": True}}
     events = events_of(await client.stream(path, body))
     parsed = [json.loads(event[6:]) for event in events[:-1]]
     choices = [choice for event in parsed for choice in event["choices"]]
@@ -313,17 +314,21 @@ async def check(port: int, path: str, num_tokens: int, text: str) -> int:
 
 async def load(port: int, pid: int, path: str, num_clients: int, num_tokens: int, seconds: float) -> float:
     """CPU milliseconds of the worker per 1,000 chunks, with every client asking again and again."""
-    body = {**BODIES[path], "max_tokens": num_tokens}
+    words, rng = PROMPT.split(), random.Random(0)
     clients = [await Client.connect(port) for _ in range(num_clients)]
     num_done = 0
+
+    def body(max_tokens: int) -> dict:
+        """With words in an order of its own, so that nobody is asked the same twice."""
+        return {**BODIES[path](" ".join(rng.sample(words, len(words)))), "max_tokens": max_tokens}
 
     async def ask(client: Client) -> None:
         nonlocal num_done
         while time.monotonic() < end_s:
-            await client.stream(path, body)
+            await client.stream(path, body(num_tokens))
             num_done += 1
 
-    await asyncio.gather(*[client.stream(path, {**body, "max_tokens": 2}) for client in clients])
+    await asyncio.gather(*[client.stream(path, body(2)) for client in clients])
     before_s, end_s = cpu_s(pid), time.monotonic() + seconds
     await asyncio.gather(*map(ask, clients))
     return 1e6 * (cpu_s(pid) - before_s) / (num_done * num_tokens)
