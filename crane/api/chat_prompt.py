@@ -81,6 +81,7 @@ def prepare_chat(
         model,
         messages,
         kwargs,
+        owner=context.tenant if context.settings.isolate_keys else "",
         tools=tools,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
@@ -115,10 +116,10 @@ def _special_tags(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def render_chat(
-    model: ServedModel, messages: list[Message], kwargs: dict[str, Any], **options
+    model: ServedModel, messages: list[Message], kwargs: dict[str, Any], owner: str | None = None, **options
 ) -> tuple[str, list[int]]:
-    """The prompt of a chat: text and ids. kwargs: further names for the template; options: of
-    `ChatTemplate.render`.
+    """The prompt of a chat: text and ids. kwargs: further names for the template; owner: see `Tokenizer.encode_chat`;
+    options: of `ChatTemplate.render`.
 
     What users and tools say is text: a special token spelled out in it does not
     become that token, so nobody forges a turn. Raises RequestError.
@@ -127,7 +128,7 @@ def render_chat(
     seam = _break_special_tokens(plain, model)
     text = model.render(plain, kwargs, **options)
     if not seam:
-        return text, model.tokenizer.encode(text, add_special_tokens=False)
+        return text, model.tokenizer.encode_chat(text, owner)
     return text.replace(seam, ""), _encode_stretches(text, seam, model)
 
 

@@ -7,6 +7,8 @@ cleaned up afterwards. Torch-free.
 
 import codecs
 import ctypes
+import functools
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 
 import sentencepiece
@@ -15,12 +17,13 @@ import tokenizers
 from crane.errors import ModelError, RequestError
 from crane.models.files import Checkpoint
 from crane.models.gguf_header import show
-from crane.models.vocab import FastVocab, PieceVocab, UnsupportedVocab, read_decoder
+from crane.models.vocab import FastVocab, PieceVocab, UnsupportedVocab, alternatives, read_decoder
 from crane.models.vocab_gguf import GgufVocab
 
 JSON_NAME = "tokenizer.json"
 PIECES_NAME = "tokenizer.model"
 CONFIG_NAME = "tokenizer_config.json"
+MAX_REMEMBERED, MAX_CHARS = 1024, 32_768  # stretches of chats, and the length of one
 _TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
@@ -45,6 +48,8 @@ class Tokenizer:
         self._vocab = vocab
         self._bytes: dict[int, bytes] = {}
         self.whole_texts: dict[int, str] = {}
+        self._marks = alternatives(vocab.marks)
+        self._stretch = functools.lru_cache(MAX_REMEMBERED)(self._encode_stretch)
         self._prefix = list(prefix_ids)
         self._suffix = list(suffix_ids)
         self.vocab_size = vocab.size if vocab_size is None else vocab_size
@@ -66,6 +71,25 @@ class Tokenizer:
             raise RequestError(f"text has a lone surrogate at character {error.start}") from None
         ids = self._vocab.encode(text, parse_special)
         return self.with_ends(ids) if add_special_tokens else ids
+
+    def encode_chat(self, text: str, owner: str | None) -> list[int]:
+        """`encode(text, False)`, but what stands between special tokens is remembered: of a conversation's next turn
+        only what is new has to be encoded.
+
+        owner: whose it is, so that nobody else's requests get faster by it; None: it is not remembered.
+        """
+        if self._marks is None or owner is None:
+            return self.encode(text, False)
+        ids = []
+        for i, part in enumerate(self._marks.split(text)):
+            if i % 2:
+                ids.append(self._vocab.marks[part])
+            elif part:
+                ids += self._stretch(part, owner) if len(part) <= MAX_CHARS else self.encode(part, False)
+        return ids
+
+    def _encode_stretch(self, text: str, owner: str) -> array:
+        return array("I", self.encode(text, False))
 
     def with_ends(self, ids: list[int]) -> list[int]:
         """`ids` of a text with the BOS and EOS that the model wants around it."""

@@ -2,7 +2,7 @@
 
 `FastVocab` holds a `tokenizers` pipeline (tokenizer.json, GGUF byte-level BPE),
 `PieceVocab` a SentencePiece model (tokenizer.model, GGUF SPM). Both are used
-through the same five members; nothing above this file knows which one it has.
+through the same six members; nothing above this file knows which one it has.
 Torch-free.
 """
 
@@ -65,6 +65,17 @@ class FastVocab:
             twin = tokenizers.Tokenizer.from_str(self._pipeline.to_str())
         twin.encode_special_tokens = True
         return twin
+
+    @cached_property
+    def marks(self) -> dict[str, int]:
+        """Tokens by their texts, if what stands between them is encoded as a text of its own; else none."""
+        added = self._pipeline.get_added_tokens_decoder()
+        cut = {token.content: token_id for token_id, token in added.items() if not token.normalized}
+        reach = any(t.lstrip or t.rstrip or t.single_word for t in added.values() if not t.normalized)
+        parts = (self._pipeline.normalizer, self._pipeline.pre_tokenizer)
+        if reach or any(b'"prepend_scheme":"first"' in part.__getstate__() for part in parts if part is not None):
+            return {}
+        return cut
 
     @cached_property
     def size(self) -> int:
@@ -164,9 +175,9 @@ class PieceVocab:
         self._processor = processor
         self._extra = extra or {}
         self._extra_ids = {token: token_id for token_id, token in self._extra.items()}
-        self._cut = {**split_special, **split_always}
-        self._cut_pattern = _alternatives(self._cut)
-        self._plain_pattern = _alternatives(split_always)
+        self.marks = {**split_special, **split_always}
+        self._cut_pattern = alternatives(self.marks)
+        self._plain_pattern = alternatives(split_always)
         self.strip_left = 1 if add_space_prefix else 0
         self.size = max(processor.get_piece_size(), max(self._extra, default=-1) + 1)
 
@@ -177,7 +188,7 @@ class PieceVocab:
         ids = []
         for i, stretch in enumerate(pattern.split(text)):
             if i % 2:
-                ids.append(self._cut[stretch])
+                ids.append(self.marks[stretch])
             elif stretch:
                 ids.extend(self._processor.encode(stretch))
         return ids
@@ -203,7 +214,7 @@ class PieceVocab:
         return piece.replace(SPACE, " ").encode()
 
 
-def _alternatives(tokens: dict[str, int]) -> re.Pattern | None:
+def alternatives(tokens: dict[str, int]) -> re.Pattern | None:
     """Matches the longest of `tokens` at the first place where one stands."""
     if not tokens:
         return None

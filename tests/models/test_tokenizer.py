@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from crane.errors import ModelError, RequestError
 from crane.models.files import Checkpoint, open_checkpoint
-from crane.models.tokenizer import load_tokenizer
+from crane.models.tokenizer import MAX_CHARS, load_tokenizer
 from crane.models.vocab_gguf import KNOWN_PRE_TOKENIZERS
 
 # llama.cpp wrote these ids without BOS and with special tokens taken as text
@@ -149,6 +150,20 @@ def test_ids_are_those_of_llama_cpp(vocabs_dir, name):
         ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)
         assert ids == [int(word) for word in line.split()], text
         assert tokenizer.decode(ids) == text
+    same_as_at_once(tokenizer, random.Random(name), 60)
+
+
+def same_as_at_once(tokenizer, rng, num_texts: int) -> None:
+    """Chats whose stretches are remembered have the ids that they have as one text, whatever stands side by side."""
+    assert tokenizer._marks is not None
+    marks = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in sorted(tokenizer.special_ids)
+             if i < tokenizer.vocab_size]  # fmt: skip
+    parts = [*TEXTS, " a", "b ", "\n", "<", "<|", "|>", *marks[:40], *[f" {mark} " for mark in marks[:40]]]
+    for _ in range(num_texts):
+        text = "".join(rng.choices(parts, k=rng.randint(1, 9)))
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        for owner in ("a", "a", "b", None):
+            assert tokenizer.encode_chat(text, owner) == ids, text
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "<|im_start|>user\nHi<|im_end|>\n<think>\n</think><tool_call>"])
@@ -349,6 +364,40 @@ def test_marks_of_a_sentencepiece_model_are_parsed_or_not(tmp_path, pieces):
     assert tokenizer.token_to_id("<|user|>") == tokenizer.vocab_size - 1
     assert tokenizer.token_to_id("<|nobody|>") is None
     assert tokenizer.special_ids == {0, 1, 2}
+    same_as_at_once(tokenizer, random.Random(1), 100)
+
+
+def test_what_a_chat_said_before_is_not_encoded_again_for_the_same_owner(byte_vocab, monkeypatch):
+    encoded = []
+    encode = type(byte_vocab).encode
+
+    def watched(self, text, *args, **kwargs):
+        encoded.append(text)
+        return encode(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(type(byte_vocab), "encode", watched)
+    expected = encode(byte_vocab, "<s>low lower</s>new", False)
+    for owner in "aab":
+        assert byte_vocab.encode_chat("<s>low lower</s>new", owner) == expected
+    assert encoded == ["low lower", "new"] * 2, "b's request is not to be faster because a said the same"
+    long = "low " * MAX_CHARS
+    assert byte_vocab.encode_chat(long, "a") == byte_vocab.encode_chat(long, "a") == encode(byte_vocab, long, False)
+    assert encoded[4:] == [long] * 2, "there is a bound to what is remembered"
+
+
+@pytest.mark.parametrize("change", [
+    {"rstrip": True}, {"lstrip": True}, {"single_word": True},
+    {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="first")},
+])  # fmt: skip
+def test_a_vocabulary_in_which_stretches_are_no_texts_of_their_own_is_not_cut(tmp_path, change):
+    pipeline = byte_level()
+    if "pre_tokenizer" in change:
+        pipeline.pre_tokenizer = change["pre_tokenizer"]
+    else:
+        pipeline.add_tokens([tokenizers.AddedToken("<m>", normalized=False, **change)])
+    tokenizer = load_tokenizer(folder(tmp_path, pipeline))
+    text = "low <s> new <m> low</s> <m>new"
+    assert tokenizer._marks is None and tokenizer.encode_chat(text, "a") == tokenizer.encode(text, False)
 
 
 def test_a_broken_tokenizer_model_is_named(tmp_path):
