@@ -105,35 +105,23 @@ class Tether:
     def beat(self) -> None:
         """A tenth of KEEP_ALIVE_S has passed."""
         self._num_quiet += 1
-        if self._head or self._num_quiet >= BEATS:
-            self._guarded(self._write, b"" if self._head else sse.KEEP_ALIVE)
+        if not self._woken.done() and (self._head or self._num_quiet >= BEATS):
+            self._write(b"" if self._head else sse.KEEP_ALIVE)
 
     def _take(self, outputs: list) -> None:
-        self._guarded(self._advance, outputs)
-
-    def _guarded(self, act, *args) -> None:
-        """Done between requests: what goes wrong is this one's, and what is left for its task wakes that."""
-        if self._woken.done():
-            return  # the task is about to wait for the client, or to leave
-        try:
-            act(*args)
-        except Exception as error:
-            self._stream.listen(None)
-            self._woken.set_exception(error)
-        else:
-            if self._over or self._unsent is not None:
-                self._stream.listen(None)
-                self._woken.set_result(None)
-
-    def _advance(self, outputs: list) -> None:
-        if not outputs:
-            self._over = True  # the client is gone
-            return
         generation = self._generation
-        chunk = advance(self._link, generation, outputs)
-        self._over = generation.finished
-        if generation.stream and (chunk or self._over):
+        if self._woken.done():
+            return  # the task is about to leave
+        try:
+            chunk = advance(self._link, generation, outputs) if outputs else b""
+        except Exception as error:
+            self._wake(error)
+            return
+        self._over = not outputs or generation.finished  # without any, the client is gone
+        if outputs and generation.stream and (chunk or self._over):
             self._write(chunk)
+        if self._over:
+            self._wake()
 
     def _write(self, chunk: bytes) -> None:
         if self._head:
@@ -148,7 +136,17 @@ class Tether:
             waits_for = sending.send(None)
         except StopIteration:
             return
-        self._unsent = _rest(sending, waits_for)
+        except Exception as error:
+            self._wake(error)
+        else:
+            self._unsent = _rest(sending, waits_for)
+            self._wake()
+
+    def _wake(self, error: Exception | None = None) -> None:
+        """The task has something to do: to end, to fail, or to wait for the client."""
+        if not self._woken.done():
+            self._stream.listen(None)
+            self._woken.set_result(None) if error is None else self._woken.set_exception(error)
 
     def _look(self, _=None) -> None:
         """Run `receive` as far as it goes; when it has to wait, until then."""

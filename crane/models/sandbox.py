@@ -99,7 +99,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def render(self, template: jinja2.Template, values: dict) -> str:
         """The template's output. Raises what the template raises, TemplateCost included."""
-        context = template.new_context({**values, _BUDGET: Budget()})
+        context = template.new_context({**self.globals, **values, _BUDGET: Budget()}, shared=True)
         parts, num_chars = [], 0
         for part in template.root_render_func(context):
             num_chars += len(part)

@@ -369,25 +369,13 @@ def halt_server(reason: str) -> None:
     os._exit(EXIT_HALT)  # from any thread; nothing has been served yet
 
 
-class _Lines(logging.Formatter):
-    """Its times are whole seconds, and made once for all lines of one."""
-
-    _second, _text = -1, ""
-
-    def formatTime(self, record, datefmt=None) -> str:
-        second = int(record.created)
-        if second != self._second:
-            self._text = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(second))
-            self._second = second
-        return self._text
-
-
 def log_to_stderr(settings: Settings) -> None:
     """Show the `crane` loggers on stderr, once per process, in gunicorn's format."""
     logger = logging.getLogger("crane")
     logger.setLevel(settings.log_level.upper())
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(_Lines("[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s"))
+        line = "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s"
+        handler.setFormatter(logging.Formatter(line, "%Y-%m-%d %H:%M:%S %z"))
         logger.addHandler(handler)
         logger.propagate = False

@@ -89,8 +89,9 @@ class Stream:
 
     def deliver(self) -> None:
         """From the link, after `touch`."""
-        if self._listener is not None and self._has_news:
-            self._listener(self._news())
+        listener = self._listener
+        if listener is not None and self._has_news:
+            listener(self._news())
             if not self._open:  # for a listener that is still there: nothing more comes
                 self.listen(self._listener)
 
