@@ -86,8 +86,8 @@ def _restore(logits_ptr, starts_ptr, ids_ptr, saved_ptr, row, PLACES: tl.constex
     last = tl.load(starts_ptr + row + 1)
     for first in range(tl.load(starts_ptr + row), last, PLACES):
         place = first + tl.arange(0, PLACES)
-        ids = tl.load(ids_ptr + place, mask=place < last, other=0)
-        tl.store(logits_ptr + ids, tl.load(saved_ptr + place, mask=place < last, other=0.0), mask=place < last)
+        ids = tl.load(ids_ptr + place, mask=place < last, other=-1)
+        tl.store(logits_ptr + ids, tl.load(saved_ptr + place, mask=ids >= 0, other=0.0), mask=ids >= 0)
 
 
 @jit(do_not_specialize=["num_words"])
@@ -381,6 +381,7 @@ def _changes(vocab: int, rows: int, device: str, most: int) -> Changes:
         ids = torch.empty(total, dtype=torch.int32, device=device)
     else:
         ids = torch.cat([torch.randperm(vocab, device=device)[:count] for count in counts]).int()
+        ids[3::11] = -1
     bias = floats(total, -3, 3)
     bias[1::3] = 0.0
     bias[2::9] = float("-inf")

@@ -12,7 +12,7 @@ tied at the threshold are all kept and no order among equals is ever invented.
 The kernels `draw.sample` and `logprobs.log_probabilities` compute the same on a GPU; this is their reference.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,11 +75,11 @@ class Changes:
     """What is done to logits before the draw: penalties, then bias, on listed places; and which ids are allowed.
 
     starts: int32 [rows + 1]: a row's places are starts[row] .. starts[row + 1]. ids: int32 [num_places], each once a
-    row. counts: float32 [num_places], how often the output has the id; 0: the prompt alone has it; -1: neither, no
-    penalty. bias: float32 [num_places]. repetition, frequency, presence: float32 [rows]. Repetition penalty as in
-    CTRL (Keskar et al. 2019): logits above 0 are divided by it, others multiplied; the other two as OpenAI documents
-    them. mask_of: int32 [rows], the row's mask, -1 for none. masks: int32 [num_masks, num_words], a bit for each id,
-    lowest first: 1 is allowed.
+    row; -1 is no place. counts: float32 [num_places], how often the output has the id; 0: the prompt alone has it; -1:
+    neither, no penalty. bias: float32 [num_places]. repetition, frequency, presence: float32 [rows]. Repetition penalty
+    as in CTRL (Keskar et al. 2019): logits above 0 are divided by it, others multiplied; the other two as OpenAI
+    documents them. mask_of: int32 [rows], the row's mask, -1 for none. masks: int32 [num_masks, num_words], a bit for
+    each id, lowest first: 1 is allowed.
     """
 
     starts: Tensor
@@ -104,10 +104,11 @@ def sample(logits: Tensor, draws: Draws, changes: Changes, keep: bool = True) ->
         if mask >= 0:
             _mask(logits[row], changes.masks[mask])
     if len(changes.ids):
-        rows = torch.arange(len(logits), device=logits.device).repeat_interleave(changes.starts.diff())
-        places = rows, changes.ids.long()
+        rows, listed = _rows_of(changes), changes.ids >= 0
+        changed = _changed(logits[rows, changes.ids.long()], rows, changes)
+        places = rows[listed], changes.ids[listed].long()
         before = logits[places]
-        logits[places] = _changed(before, rows, changes)
+        logits[places] = changed[listed]
     if bool((draws.temperature == 0).all()):
         drawn = best(logits)
     else:
@@ -116,6 +117,26 @@ def sample(logits: Tensor, draws: Draws, changes: Changes, keep: bool = True) ->
     if keep and len(changes.ids):
         logits[places] = before
     return drawn
+
+
+def _rows_of(changes: Changes) -> Tensor:
+    """int64 [num_places]: whose place each is."""
+    rows = torch.arange(len(changes.mask_of), device=changes.starts.device)
+    return rows.repeat_interleave(changes.starts.diff(), output_size=len(changes.ids))
+
+
+def count_drawn(changes: Changes, places: Tensor, drawn: Tensor) -> Changes:
+    """The same with one more token in the output of some rows, which only the device knows yet.
+
+    places: int32 [rows], -1 - its place in drawn; others are not below 0. drawn: int64 [num_draws]. Such a row has one
+    place more, below 0, for the token if it is not listed yet.
+    """
+    rows = _rows_of(changes)
+    tokens = torch.where(places < 0, drawn[(-1 - places).clamp(min=0)], -1)[rows]
+    found = changes.ids == tokens
+    known = torch.zeros(len(places), device=drawn.device).index_add(0, rows, found.float())[rows] > 0
+    ids = torch.where(changes.ids < 0, torch.where(known, -1, tokens).int(), changes.ids)
+    return replace(changes, ids=ids, counts=torch.where(found, changes.counts.clamp(min=0) + 1, changes.counts))
 
 
 def _mask(logits: Tensor, words: Tensor) -> None:

@@ -169,9 +169,9 @@ class ModelRunner:
     def _pick(self, logits: Tensor, wanted: list[tuple[Row, int, Picked]], masks: dict[int, np.ndarray],
               launched: Launched) -> None:
         """Draw a token for each row of logits: of which row, how many of its drafts come before, and who is told."""
-        sequences = [row.sequence for row, _, _ in wanted]
-        ahead = [row.ahead(count, launched.before.places) for row, count, _ in wanted]
-        drawn = self.sampler.launch(logits, sequences, masks, ahead)
+        sequences, before = [row.sequence for row, _, _ in wanted], launched.before
+        ahead = [row.ahead(count, before.places) for row, count, _ in wanted]
+        drawn = self.sampler.launch(logits, sequences, masks, ahead, before.drawn if before.draws else None)
         launched.drew(drawn.ids, sequences)
         drawn = drawn.fetch()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crane.kernels.draw import sample
 from crane.kernels.logprobs import log_probabilities
-from crane.kernels.sampling import Changes, Draws
+from crane.kernels.sampling import Changes, Draws, count_drawn
 from crane.kernels.transfer import download, upload_all
 from crane.runtime.sequence import Sequence
 from crane.runtime.types import TokenLogprob
@@ -91,22 +91,27 @@ class Sampler:
         self.device = torch.device("cpu") if device.type == "mps" else device
         self._seen: weakref.WeakKeyDictionary[Sequence, _Seen] = weakref.WeakKeyDictionary()
 
-    def launch(self, logits: Tensor, sequences: list[Sequence], masks: dict[int, np.ndarray], ahead: list) -> Drawn:
+    def launch(self, logits: Tensor, sequences: list[Sequence], masks: dict[int, np.ndarray], ahead: list,
+               before: Tensor | None = None) -> Drawn:
         """One token, and its log-probability when asked for, per row. Nothing here waits for the device.
 
         logits: float32 [rows, vocab], changed in place. sequences: whose row it is. masks: of rows that may not
         go on with every token, bits of the allowed ones, uint32 [words], lowest first; at least one is set.
-        ahead: tokens that each row takes to follow the sequence's own.
+        ahead: tokens that each row takes to follow the sequence's own, as `Row.ahead` gives them. before: int64
+        [num_draws], those of them that only the device knows.
         """
         logits = logits[:, : self.vocab_size].to(self.device)
         wanting = [(row, min(s.sampling.logprobs, logits.shape[1]), len(s.sampling.logprob_ids))
                    for row, s in enumerate(sequences) if s.sampling.logprobs is not None]  # fmt: skip
         listed = [sequences[row].sampling.logprob_ids for row, _, _ in wanting]
-        arrays = [*_draws(sequences, ahead), *self._changes(sequences, masks, ahead),
+        unknown = [min(more, default=0) if s.penalised else 0 for s, more in zip(sequences, ahead)]
+        arrays = [np.array(unknown, np.int32), *_draws(sequences, ahead), *self._changes(sequences, masks, ahead),
                   np.array([row for row, _, _ in wanting], np.int32), _rectangle(listed)]  # fmt: skip
-        tensors = upload_all(arrays, self.device)
+        places, *tensors = upload_all(arrays, self.device)
         count = len(dataclasses.fields(Draws))
         draws, changes, (rows, listed) = Draws(*tensors[:count]), Changes(*tensors[count:-2]), tensors[-2:]
+        if min(unknown) < 0:
+            changes = count_drawn(changes, places, before)
         drawn = sample(logits, draws, changes, bool(wanting))  # log-probabilities are those of the raw distribution
         if not wanting:
             return Drawn(drawn, [], None)

@@ -267,8 +267,6 @@ class Scheduler:
             return "a grammar or a thinking budget needs each token at once"
         if any(sequence.drafts is not None for sequence in drawing):
             return "drafts follow tokens that are known"
-        if any(sequence.penalised for sequence in drawing):
-            return "penalties count each token at once"
         return None
 
     # --- commit

@@ -190,3 +190,23 @@ def test_the_best_column_is_argmaxs_also_with_ties_and_masked_tokens(width):
     wide = torch.full((40, width + 7), 100.0)  # rows of a wider tensor, as without a vocabulary's padding
     wide[:, :width] = logits
     assert torch.equal(sampling.best(wide[:, :width]), logits.argmax(-1))
+
+
+def test_a_token_that_only_the_device_knows_counts_as_one_that_was_listed():
+    """Rows: not listed, in the prompt, in the output twice, with a bias alone, nothing unknown, nothing listed."""
+    listed = [[(5, 0, 0.5), (6, 1, 0)], [(7, 0, 1.5), (3, 2, 0)], [(7, 2, 0), (8, 0, 0)], [(9, -1, 2.5)], [(4, 1, 0)], []]
+    drawn = torch.tensor([70, 7, 30, 9, 8])
+    unknown = [-1, -2, -2, -4, 0, -5]
+    rows = [own + [(place, 1, 0)] if place < 0 else own for own, place in zip(listed, unknown)]
+    ids, counts, bias = zip(*(each for own in rows for each in own))
+    starts = torch.tensor([sum(map(len, rows[:row])) for row in range(len(rows) + 1)], dtype=torch.int32)
+    changes = dataclasses.replace(no_changes(len(rows), "cpu"), starts=starts, ids=torch.tensor(ids).int(),
+                                  counts=torch.tensor(counts).float(), bias=torch.tensor(bias))
+    found = sampling.count_drawn(changes, torch.tensor(unknown, dtype=torch.int32), drawn)
+    owners = torch.arange(len(rows)).repeat_interleave(starts.diff())
+    got = set(zip(owners.tolist(), found.ids.tolist(), found.counts.tolist(), found.bias.tolist()))
+    assert {each for each in got if each[1] >= 0} == {
+        (0, 5, 0, 0.5), (0, 6, 1, 0), (0, 70, 1, 0), (1, 7, 1, 1.5), (1, 3, 2, 0), (2, 7, 3, 0), (2, 8, 0, 0),
+        (3, 9, 1, 2.5), (4, 4, 1, 0), (5, 8, 1, 0),
+    }  # fmt: skip
+    assert found.ids.dtype == torch.int32 and {each[1] for each in got if each[1] < 0} == {-1}

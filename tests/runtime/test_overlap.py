@@ -9,7 +9,7 @@ from tests.tiny import make_tiny
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=1.0, top_k=40, top_p=0.95, min_p=0.01, seed=7, max_tokens=24, logprobs=2,
-                         min_tokens=3, logit_bias={5: 2.0}, ignore_eos=True)  # fmt: skip
+                         min_tokens=3, logit_bias={5: 2.0}, repetition_penalty=1.1, ignore_eos=True)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +167,21 @@ def test_all_may_leave_while_a_step_is_on_its_way(tiny):
 def test_it_is_off_on_a_cpu_unless_asked_for(tiny):
     assert make_engine(tiny).stats().overlap["why_off"] == "on cpu the host would wait for what it launches"
     assert make_engine(tiny, overlap="off").stats().overlap["why_off"] == "ruled out"
+
+
+@pytest.mark.parametrize("penalty", [
+    {"repetition_penalty": 1.3}, {"presence_penalty": 1.5}, {"frequency_penalty": 0.4, "presence_penalty": -0.3},
+], ids=["repetition", "presence", "both"])  # fmt: skip
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_penalties_count_tokens_that_only_the_device_knows(tiny, penalty, temperature):
+    """New ones, those of the prompt, those the output has, and those with a bias; beside rows without penalties."""
+    bias = {token_id: 4.0 for token_id in range(0, 300, 7)}
+    params = SamplingParams(temperature=temperature, top_k=20, seed=1, max_tokens=40, ignore_eos=True, logit_bias=bias)
+    asked = requests(msgspec.structs.replace(params, **penalty))
+    asked[::3] = requests(params)[::3]
+    expected = tokens_of(run(make_engine(tiny, overlap="off"), asked))
+    engine = make_engine(tiny, overlap="on")
+    assert tokens_of(run(engine, asked)) == expected
+    assert engine.stats().overlap["steps_ahead"] == engine.stats().steps - 1
+    assert expected != tokens_of(run(make_engine(tiny), requests(params))), "the penalties change nothing here"
+    assert any(len(set(ids)) < len(ids) and set(ids) & set(bias) for ids in expected.values())
