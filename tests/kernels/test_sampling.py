@@ -194,7 +194,8 @@ def test_the_best_column_is_argmaxs_also_with_ties_and_masked_tokens(width):
 
 def test_a_token_that_only_the_device_knows_counts_as_one_that_was_listed():
     """Rows: not listed, in the prompt, in the output twice, with a bias alone, nothing unknown, nothing listed."""
-    listed = [[(5, 0, 0.5), (6, 1, 0)], [(7, 0, 1.5), (3, 2, 0)], [(7, 2, 0), (8, 0, 0)], [(9, -1, 2.5)], [(4, 1, 0)], []]
+    listed = [[(5, 0, 0.5), (6, 1, 0)], [(7, 0, 1.5), (3, 2, 0)], [(7, 2, 0), (8, 0, 0)], [(9, -1, 2.5)], [(4, 1, 0)],
+              []]
     drawn = torch.tensor([70, 7, 30, 9, 8])
     unknown = [-1, -2, -2, -4, 0, -5]
     rows = [own + [(place, 1, 0)] if place < 0 else own for own, place in zip(listed, unknown)]
