@@ -7,8 +7,11 @@ few rows round x to 8 bits, 32 values a scale; products with more rows are exact
 bfloat16, as dequantising to bfloat16 does. A bfloat16 matrix is only laid out anew; nothing is rounded.
 """
 
+import contextlib
 import ctypes
 import errno
+import math
+import mmap
 import os
 import time
 from collections.abc import Iterable
@@ -31,8 +34,10 @@ _KINDS = {
 _IN_C = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16"]
 PANEL_ROWS, _TILE_COLUMNS = 16, 32
 # Rows of x from which AMX may be faster than integers, although it widens the weight first: what is tried.
-_AMX_ROWS = (4, 8, 12, 16, 24, 32)
+_AMX_ROWS = (4, 6, 7, 8, 10, 12, 16, 24, 32)
 _NEVER = 1 << 62
+_ROOM_BYTES = 64 << 20
+_room = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def pack(kind: str, num_rows: int, columns: int, pieces: Iterable[Tensor | Store
     """
     struct = native.Weight(None, None, num_rows, columns, *_KINDS.get(kind, (16, 0, 0, 0)))
     address = ctypes.byref(struct)
-    panels = torch.empty(native.library().crane_weight_bytes(address), dtype=torch.uint8)
+    panels = _allocate(native.library().crane_weight_bytes(address))
     struct.panels = panels.data_ptr()
     start = 0
     for piece in pieces:
@@ -132,11 +137,25 @@ def _pack_stored(weight, kind: str, piece: Stored, start: int) -> None:
         raise OSError(number, os.strerror(number), str(piece.path))
 
 
-def _measure_amx_rows() -> int:
-    """The least rows of x for which AMX multiplies a quantised weight faster than integers do. Takes about 50 ms."""
-    num_rows, columns = 4096, 1024  # 3 MB of 5 bits: more than a core's cache
-    weight = pack("Q5_0", num_rows, columns, [torch.zeros(num_rows, columns // 32 * 22, dtype=torch.uint8)])
-    call, address = native.library().crane_linear, ctypes.addressof(weight.struct)
+def _allocate(nbytes: int) -> Tensor:
+    """Memory for panels, from large pieces in huge pages: small pages cost 5 to 10 % of the speed they are read at."""
+    global _room
+    if nbytes > len(_room):
+        piece = mmap.mmap(-1, max(nbytes, _ROOM_BYTES), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                piece.madvise(mmap.MADV_HUGEPAGE)
+        _room = torch.frombuffer(piece, dtype=torch.uint8)
+    taken, _room = _room[:nbytes], _room[-(-nbytes // 64) * 64 :]
+    return taken
+
+
+def _measure_amx_rows(kind: tuple[int, int, int], num_rows: int, columns: int) -> int:
+    """The least rows of x for which AMX multiplies such a weight faster than integers do. Takes about 10 ms."""
+    struct = native.Weight(None, None, num_rows, columns, *kind, 0)
+    call, address = native.library().crane_linear, ctypes.addressof(struct)
+    panels = torch.zeros(native.library().crane_weight_bytes(address), dtype=torch.uint8)
+    struct.panels = panels.data_ptr()
     x = torch.randn(_AMX_ROWS[-1], columns).bfloat16()
     out = torch.empty(_AMX_ROWS[-1], num_rows, dtype=torch.bfloat16)
 
@@ -152,6 +171,19 @@ def _measure_amx_rows() -> int:
     return _NEVER
 
 
+def _amx_rows(kind: tuple[int, int, int], *shape: int) -> int:
+    """From how many rows of x on AMX multiplies a weight of this kind (bits, groups, has_offset) and about this shape.
+
+    Measured for each kind and, rounded to powers of two, shape; see `native.measured`.
+    """
+    if kind[0] == 16:
+        return 1
+    if not native.has_amx():
+        return _NEVER
+    sides = [min(max(1 << round(math.log2(side)), 512), 4096) for side in shape]
+    return native.measured("amx_rows {}.{}.{} {}x{}".format(*kind, *sides), lambda: _measure_amx_rows(kind, *sides))
+
+
 class PackedLinear:
     """y = x @ weight.T + bias for matrices one below the other, of the same or of different types."""
 
@@ -161,7 +193,6 @@ class PackedLinear:
         self.out_features = sum(part.shape[0] for part in parts)
         self.in_features = parts[0].shape[1]
         self._call = native.library().crane_linear
-        amx_rows = native.measured("amx_rows", _measure_amx_rows) if native.has_amx() else _NEVER
         start = 0
         self._plan = []  # (the struct's address, first output feature, rows of x from which AMX multiplies)
         for part in parts:
@@ -169,8 +200,9 @@ class PackedLinear:
             if bias is not None:
                 part.bias = bias[start : start + count].float().contiguous()
                 part.struct.bias = part.bias.data_ptr()
-            from_rows = 1 if part.struct.bits == 16 else amx_rows
-            self._plan.append((ctypes.addressof(part.struct), start, from_rows))
+            struct = part.struct
+            amx_rows = _amx_rows((struct.bits, struct.groups, struct.has_offset), *part.shape)
+            self._plan.append((ctypes.addressof(struct), start, amx_rows))
             start += count
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

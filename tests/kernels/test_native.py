@@ -1,6 +1,7 @@
 """The C kernels: built where a compiler is, right in every layout, absent without harm."""
 
 import ctypes
+import json
 import os
 import re
 import threading
@@ -104,6 +105,47 @@ def test_a_product_with_blocks_is_off_by_its_rounding_only(library, kind, rows, 
     exact = x.double() @ dequantize(weight).double().T + bias
     found = PackedLinear([pack_blocks(weight)], bias)(x, torch.float32)
     assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [0, 1])
+def test_every_number_of_rows_and_any_last_panel_are_right(library, kind, method):
+    """method 1 is AMX where the processor has it. x holds integers with a largest of 127, which 8 bits keep."""
+    for features in (5, 77):
+        weight = random_weight(kind, features, 256)
+        struct = pack_blocks(weight).struct
+        values = pack_blocks(weight).rows(torch.arange(features), torch.float32).double()
+        x = torch.randint(-127, 128, (40, 256), generator=torch.manual_seed(features))
+        x[:, ::32] = 127
+        x[3, 32:64] = 0
+        exact = x.double() @ values.T
+        for rows in (*range(1, 20), 24, 31, 32, 33, 40):
+            out = torch.full((rows + 1, features + 3), 7.0)
+            given = x[:rows].bfloat16()
+            library.crane_linear(
+                ctypes.addressof(struct), given.data_ptr(), rows, 1, out.data_ptr(), features + 3, 0, method
+            )
+            error = (out[:rows, :features] - exact[:rows]).norm() / exact[:rows].norm()
+            assert error < (1e-5 if method == 0 or not native.has_amx() else 1e-2)
+            assert (out[rows] == 7).all() and (out[:, features:] == 7).all()
+
+
+def test_without_avx512_products_are_the_same(tmp_path, monkeypatch):
+    flags = [flag.replace("=native", "=haswell").replace("-O3", "-O1") for flag in native._FLAGS]
+    monkeypatch.setattr(native, "_FLAGS", flags)
+    monkeypatch.setattr(native, "_library", None)
+    library = native.load(tmp_path, 2)
+    if library is None:
+        pytest.skip(f"no C kernels here: {native.reason()}")
+    assert not native.has_amx()
+    for kind in ("Q4_1", "Q5_0", "Q6_K", "Q8_0"):
+        test_every_number_of_rows_and_any_last_panel_are_right(library, kind, 0)
+
+
+def test_weights_share_huge_pages(library):
+    first, second = (pack_blocks(random_weight("Q8_0", 32, 64)).panels for _ in range(2))
+    assert second.data_ptr() - first.data_ptr() == first.numel() and first.data_ptr() % 64 == 0
+    assert packed._allocate(packed._ROOM_BYTES + 1).numel() == packed._ROOM_BYTES + 1
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 70])
@@ -212,10 +254,18 @@ def test_what_was_measured_is_kept_and_a_broken_note_is_measured_again(library, 
     assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
 
 
-def test_rows_for_amx_are_measured_on_the_machine(library):
+def test_rows_for_amx_are_measured_once_for_each_kind_and_shape(library, tmp_path, monkeypatch):
     if not native.has_amx():
         pytest.skip("needs AMX")
-    assert packed._measure_amx_rows() in (*packed._AMX_ROWS, packed._NEVER)
+    monkeypatch.setattr(native, "_notes", tmp_path / "notes.json")
+    weights = [random_weight("Q8_0", 640, 512), random_weight("Q8_0", 500, 480), random_weight("Q4_0", 512, 2048)]
+    for _ in range(2):
+        found = [PackedLinear([pack_blocks(weight)])._plan[0][2] for weight in weights]
+        assert found[0] == found[1] and set(found) <= {*packed._AMX_ROWS, packed._NEVER}
+    notes = json.loads((tmp_path / "notes.json").read_text())
+    assert notes == {"amx_rows 8.1.0 512x512": found[0], "amx_rows 4.1.0 512x2048": found[2]}
+    monkeypatch.setattr(packed, "_measure_amx_rows", lambda *_: pytest.fail("measured again"))
+    PackedLinear([pack_blocks(weights[0])])
 
 
 def test_structures_are_as_large_as_in_c():

@@ -6,6 +6,9 @@ AVX-512 register of each, or two AVX2 ones. Only what has no operator is written
 #if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
 #error "this processor lacks AVX2, FMA or F16C"
 #endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define HAVE_AMX
+#endif
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
@@ -13,10 +16,12 @@ AVX-512 register of each, or two AVX2 ones. Only what has no operator is written
 typedef float vf __attribute__((vector_size(64)));    /* 16 float */
 typedef int32_t vi __attribute__((vector_size(64)));  /* 16 int32 */
 typedef uint32_t vu __attribute__((vector_size(64))); /* 16 uint32 */
+typedef int8_t vb __attribute__((vector_size(16)));    /* 16 int8 */
 typedef uint16_t vh __attribute__((vector_size(32))); /* 16 bfloat16 or float16, as bits */
 
 #define INLINE static inline __attribute__((always_inline))
 #define SPREAD(x) ((x) - (vf){}) /* 16 times the float x */
+#define SPREAD_I(x) ((x) - (vi){}) /* 16 times the int32 x */
 
 INLINE vu load_u(const void *p) { vu v; memcpy(&v, p, 64); return v; }
 INLINE vf load_f(const void *p) { vf v; memcpy(&v, p, 64); return v; }
@@ -24,6 +29,7 @@ INLINE vh load_h(const void *p) { vh v; memcpy(&v, p, 32); return v; }
 INLINE void store_f(void *p, vf v) { memcpy(p, &v, 64); }
 INLINE void store_u(void *p, vu v) { memcpy(p, &v, 64); }
 INLINE void store_h(void *p, vh v) { memcpy(p, &v, 32); }
+INLINE void store_b(void *p, vi v) { vb b = __builtin_convertvector(v, vb); memcpy(p, &b, 16); }
 
 INLINE vf from_bf16(vh v) { return (vf)(__builtin_convertvector(v, vu) << 16); }
 /* round to nearest even, as torch does */
@@ -45,13 +51,31 @@ INLINE vf from_f16(const void *p) {
 #endif
 }
 
+INLINE vi max_i(vi a, vi b) { vi larger = a > b; return (a & larger) | (b & ~larger); }
+typedef float vf8 __attribute__((vector_size(32)));
+typedef float vf4 __attribute__((vector_size(16)));
+typedef int32_t vi8 __attribute__((vector_size(32)));
+typedef int32_t vi4 __attribute__((vector_size(16)));
+/* Of all lanes, by halves. */
 INLINE float sum_f(vf v) {
-    typedef float v8 __attribute__((vector_size(32)));
-    typedef float v4 __attribute__((vector_size(16)));
-    union { vf all; v8 half[2]; } a = {v};
-    union { v8 all; v4 half[2]; } b = {a.half[0] + a.half[1]};
-    v4 c = b.half[0] + b.half[1];
+    union { vf all; vf8 half[2]; } a = {v};
+    union { vf8 all; vf4 half[2]; } b = {a.half[0] + a.half[1]};
+    vf4 c = b.half[0] + b.half[1];
     return (c[0] + c[2]) + (c[1] + c[3]);
+}
+INLINE int32_t sum_i(vi v) {
+    union { vi all; vi8 half[2]; } a = {v};
+    union { vi8 all; vi4 half[2]; } b = {a.half[0] + a.half[1]};
+    vi4 c = b.half[0] + b.half[1];
+    return (c[0] + c[2]) + (c[1] + c[3]);
+}
+INLINE int32_t largest_i(vi v) {
+    union { vi all; vi8 half[2]; } a = {v};
+    vi8 larger = a.half[0] > a.half[1];
+    union { vi8 all; vi4 half[2]; } b = {(a.half[0] & larger) | (a.half[1] & ~larger)};
+    vi4 more = b.half[0] > b.half[1], c = (b.half[0] & more) | (b.half[1] & ~more);
+    int32_t d = c[0] > c[2] ? c[0] : c[2], e = c[1] > c[3] ? c[1] : c[3];
+    return d > e ? d : e;
 }
 INLINE vf max_v(vf a, vf b) { vi larger = a > b; return (vf)(((vi)a & larger) | ((vi)b & ~larger)); }
 
@@ -94,7 +118,7 @@ void crane_release(void);
 /* record.c: run(argument), which returns not 0 when it fails; while the calling thread records, both are kept to be
 called again, so argument (size bytes) says all there is to know. name: the kernel's, a literal. */
 int32_t crane_call(const char *name, int32_t (*run)(const void *argument), const void *argument, size_t size);
-/* linear.c: whether AMX may be used */
+/* amx.c: whether AMX may be used */
 int crane_has_amx(void);
 /* memory of the calling thread, at least so large, 64-byte aligned; its content is lost at the next call */
 void *crane_scratch(size_t bytes);

@@ -17,6 +17,7 @@ A bfloat16 panel is [num_columns / 2][16][2], the tiles of AMX themselves. */
 
 #define LANES 16
 #define TILE 32
+#define AHEAD 2048 /* bytes between what is fetched of a panel and what is used */
 
 typedef struct {
     uint8_t *panels;
@@ -25,9 +26,63 @@ typedef struct {
     int32_t bits, groups, has_offset, shift;
 } Weight;
 
+INLINE int64_t tile_size(int bits, int groups, int has_offset) {
+    return 32 * groups * (1 + has_offset) + (bits == 8 ? 512 : 256 + 64 * (bits - 4));
+}
 INLINE int64_t tile_bytes(const Weight *w) {
-    if (w->bits == 16) return 1024;
-    return 32 * w->groups * (1 + w->has_offset) + (w->bits == 8 ? 512 : 256 + 64 * (w->bits - 4));
+    return w->bits == 16 ? 1024 : tile_size(w->bits, w->groups, w->has_offset);
 }
 INLINE int64_t num_tiles(const Weight *w) { return w->num_columns / TILE; }
 INLINE int64_t num_panels(const Weight *w) { return (w->num_rows + LANES - 1) / LANES; }
+
+/* What a panel has AHEAD, so many bytes of it. */
+INLINE void fetch(const uint8_t *panel, int64_t bytes) {
+    for (int line = 0; line < bytes; line += 64) _mm_prefetch((const char *)panel + AHEAD + line, _MM_HINT_T0);
+}
+
+/* A tile in registers. */
+typedef struct { vf scale[2], offset[2]; vu quad[8]; } Tile;
+
+/* bits, groups and has_offset are constants wherever this is inlined */
+INLINE void unpack(const uint8_t *from, int bits, int groups, int has_offset, float shift, Tile *t) {
+    for (int g = 0; g < groups; g++) {
+        t->scale[g] = from_f16(from + 32 * g);
+        t->offset[g] = has_offset ? from_f16(from + 32 * (groups + g)) : t->scale[g] * SPREAD(-shift);
+    }
+    const uint8_t *low = from + 32 * groups * (1 + has_offset), *high = low + 256;
+    for (int i = 0; i < 4; i++) {
+        if (bits == 8) {
+            t->quad[i] = load_u(low + 64 * i);
+            t->quad[i + 4] = load_u(low + 64 * (i + 4));
+            continue;
+        }
+        vu both = load_u(low + 64 * i);
+        t->quad[i] = both & 0x0f0f0f0f;
+        t->quad[i + 4] = (both >> 4) & 0x0f0f0f0f;
+        if (bits == 5) {
+            vu bit = load_u(high);
+            t->quad[i] |= (bit << (4 - i)) & 0x10101010;
+            t->quad[i + 4] |= (bit >> i) & 0x10101010;
+        }
+        if (bits == 6) {
+            vu first = load_u(high), second = load_u(high + 64);
+            t->quad[i] |= (i < 3 ? first << (4 - 2 * i) : first >> (2 * i - 4)) & 0x30303030;
+            t->quad[i + 4] |= (i < 3 ? second << (4 - 2 * i) : second >> (2 * i - 4)) & 0x30303030;
+        }
+    }
+}
+
+/* The kinds of weights: (bits, groups, has_offset). */
+#define EACH_KIND(body)                                                          \
+    body(4, 1, 0) body(4, 1, 1) body(4, 2, 0) body(4, 2, 1) body(5, 1, 0)        \
+    body(5, 1, 1) body(6, 1, 0) body(6, 2, 0) body(8, 1, 0) body(8, 2, 0)
+
+/* Calls body with constants in place of the weight's description, so that each kind gets its own code. */
+#define FOR_KIND(w, body)                                                              \
+    switch ((w)->bits * 100 + (w)->groups * 10 + (w)->has_offset) {                    \
+        case 410: body(4, 1, 0); break; case 411: body(4, 1, 1); break;                \
+        case 420: body(4, 2, 0); break; case 421: body(4, 2, 1); break;                \
+        case 510: body(5, 1, 0); break; case 511: body(5, 1, 1); break;                \
+        case 610: body(6, 1, 0); break; case 620: body(6, 2, 0); break;                \
+        case 810: body(8, 1, 0); break; case 820: body(8, 2, 0); break;                \
+    }
