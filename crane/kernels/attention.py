@@ -77,30 +77,34 @@ class AttentionPlan:
 
 
 def _plan_torch(
-    kv: Tensor, query_lens: list[int], query_starts: list[int], context_lens: list[int], page_table: Tensor
+    kv: Tensor, query_lens: list[int], query_starts: list[int], context_lens: list[int], page_table: Tensor,
+    fixed: bool = False,
 ) -> AttentionPlan | PagedPlan:
     """How the rows of one step are computed: index tensors and masks, or work for the Triton kernels.
 
     query_lens, query_starts, context_lens: one host int a row, as in `ForwardContext`.
     page_table: int64 [num_rows, max_pages]. kv: see `pages`; only its shape, dtype and
-    device are read.
+    device are read. fixed: no row's result may depend on the others.
     """
     if kv.dtype == torch.float8_e4m3fn:
-        return plan_rows(kv, query_lens, query_starts, context_lens, page_table)
+        return plan_rows(kv, query_lens, query_starts, context_lens, page_table, fixed)
     longest = _STREAMED_TOKENS if streams(kv) else 0
     short = [row for row, count in enumerate(query_lens) if count <= longest]
     single = [row for row, count in enumerate(query_lens) if longest < count == 1]
     longer = [row for row, count in enumerate(query_lens) if count > max(longest, 1)]
+    if fixed and kv.device.type != "cpu":  # see _TOKEN_MULTIPLE
+        groups = [[row] for row in single]
+    else:
+        groups = _group_by_length(single, context_lens, kv.shape[4] * kv.shape[5])
     return AttentionPlan(
-        [_plan_decode(rows, query_starts, context_lens, page_table, kv)
-         for rows in _group_by_length(single, context_lens, kv.shape[4] * kv.shape[5])],
+        [_plan_decode(rows, query_starts, context_lens, page_table, kv) for rows in groups],
         [_plan_prefill(query_starts[row], query_lens[row], context_lens[row], page_table[row], kv)
          for row in longer],
         _plan_streamed(short, query_lens, query_starts, context_lens, page_table) if short else None,
     )
 
 
-def _why_not(kv: Tensor, *rows) -> str | None:
+def _why_not(kv: Tensor, *rows, fixed: bool = False) -> str | None:
     return why_not_pages(kv)
 
 

@@ -13,6 +13,9 @@ from crane.kernels.plan_decode import DecodeWork, plan_decode
 from crane.kernels.rows import Rows
 from crane.kernels.transfer import upload
 
+# Tokens of a part where the other rows must not matter.
+_FIXED_PART = 1024
+
 
 @dataclass
 class PagedPlan:
@@ -43,20 +46,24 @@ class PagedPlan:
         return out
 
 
-def plan_decode_rows(rows: Rows, kv: Tensor) -> PagedPlan:
+def plan_decode_rows(rows: Rows, kv: Tensor, fixed: bool = False) -> PagedPlan:
     """The plan of a step of such rows only, of at most MAX_QUERY_LEN new tokens each.
 
-    It reads shapes on the host and lengths on the device, so it can be part of a CUDA graph.
+    fixed: how a row is divided, so how its sums are rounded, depends on its own length and nothing else.
+    Shapes are read on the host and lengths on the device, so it can be part of a CUDA graph.
     """
     tuned = tuning.pick("decode_tile", head_dim=kv.shape[5])
+    tile, num_rows = tuned["tile"], rows.context_lens.shape[0]
     # parts that all K/V heads' programs of run at once
     width = max(num_processors(kv.device) * tuned["programs"] // kv.shape[4], 1)
-    work = plan_decode(rows.context_lens, tuned["tile"], width, rows.context_lens.shape[0] + width)
-    return PagedPlan(rows, work)
+    if not fixed:
+        return PagedPlan(rows, plan_decode(rows.context_lens, tile, width, num_rows + width))
+    max_parts = num_rows * max(-(-rows.max_context_len // _FIXED_PART), 1)
+    return PagedPlan(rows, plan_decode(rows.context_lens, tile, width, max_parts, _FIXED_PART // tile))
 
 
 def plan_rows(kv: Tensor, query_lens: list[int], query_starts: list[int], context_lens: list[int],
-              page_table: Tensor) -> PagedPlan:
+              page_table: Tensor, fixed: bool = False) -> PagedPlan:
     """The plan of a step with these rows. For the arguments see `attention.plan_attention`."""
     short = [row for row, count in enumerate(query_lens) if count <= MAX_QUERY_LEN]
     longer = [row for row, count in enumerate(query_lens) if count > MAX_QUERY_LEN]
@@ -69,7 +76,7 @@ def plan_rows(kv: Tensor, query_lens: list[int], query_starts: list[int], contex
         on_device = upload(lengths, torch.int32, kv.device)
         return Rows(*on_device, table, max(lengths[1]), max(lengths[2]))
 
-    plan = plan_decode_rows(pick(short), kv) if short else PagedPlan()
+    plan = plan_decode_rows(pick(short), kv, fixed) if short else PagedPlan()
     if longer:
         plan.prefill = pick(longer)
         plan.lengths = [query_lens[row] for row in longer], [context_lens[row] for row in longer]

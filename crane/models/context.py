@@ -26,6 +26,7 @@ class ForwardContext:
     kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim], contiguous.
     kv_scales: float32 [num_layers, 2], what keys and values in kv are multiplied with when
         read, or None.
+    fixed: no row's result may depend on the others.
     """
 
     positions: Tensor
@@ -37,11 +38,13 @@ class ForwardContext:
     kv: Tensor
     page_size: int
     kv_scales: Tensor | None = None
+    fixed: bool = False
 
     @cached_property
     def attention_plan(self) -> AttentionPlan | PagedPlan:
         """What the step's attention needs to know, shared by all layers."""
-        return plan_attention(self.kv, self.query_lens, self.query_starts, self.context_lens, self.page_table)
+        return plan_attention(self.kv, self.query_lens, self.query_starts, self.context_lens, self.page_table,
+                              fixed=self.fixed)  # fmt: skip
 
     @cached_property
     def wants_new_kv(self) -> bool:

@@ -112,7 +112,7 @@ class ModelRunner:
         step = self.graphs.step_for(rows) if self.graphs is not None and not fixed else None
         before = launched.before
         if step is None:
-            hidden, logits = self._hidden(filled, starts, before), None  # [num_tokens, hidden]
+            hidden, logits = self._hidden(filled, starts, before, fixed), None  # [num_tokens, hidden]
         else:
             hidden, logits = step.run(rows, before.places, before.drawn if before.draws else None)
         for row, found, first in zip(rows, picked, starts):
@@ -123,13 +123,13 @@ class ModelRunner:
         ends = [start + row.count for row, start in zip(filled, starts)]
         (self._draw_fixed if fixed else self._draw)(rows, ends, hidden, logits, constrained, picked, launched)
 
-    def _hidden(self, rows: list[Row], query_starts: list[int], before: Launched) -> Tensor:
+    def _hidden(self, rows: list[Row], query_starts: list[int], before: Launched, fixed: bool) -> Tensor:
         """The model's hidden states of all tokens of these rows: [num_tokens, hidden]."""
         token_ids = [i for row in rows for i in row.input_ids(before.places)]
         ids = self._ints(token_ids)
         if min(token_ids) < 0:
             ids = fill_in(ids, before.drawn)
-        return self.model(ids, self._context(rows, query_starts))
+        return self.model(ids, self._context(rows, query_starts, fixed))
 
     def _draw_fixed(self, rows: list[Row], ends: list[int], hidden: Tensor, logits: None,
                     constrained: dict[int, Constraint], picked: list[Picked], launched: Launched) -> None:
@@ -189,7 +189,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _context(self, rows: list[Row], query_starts: list[int]) -> ForwardContext:
+    def _context(self, rows: list[Row], query_starts: list[int], fixed: bool) -> ForwardContext:
         positions, slots = [], []
         for row in rows:
             pages, size = row.sequence.pages, self.page_size
@@ -208,6 +208,7 @@ class ModelRunner:
             page_table=self._ints([pages + [0] * (width - len(pages)) for pages in table]),
             kv=self.kv,
             page_size=self.page_size,
+            fixed=fixed,
         )
 
     def _pool(self, row: Row, hidden: Tensor, picked: Picked, launched: Launched) -> None:

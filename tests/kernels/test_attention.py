@@ -8,6 +8,7 @@ import torch
 from crane.kernels import native
 from crane.kernels.attention import paged_attention, plan_attention
 from crane.kernels.pages import slot_index, write_kv
+from crane.kernels.registry import force
 
 NUM_LAYERS = 3
 
@@ -120,3 +121,15 @@ def test_a_decode_row_does_not_depend_on_its_neighbours():
         case.query_lens, case.query_starts, case.context_lens = [1], [0], [rows[row][1]]
         case.page_table = case.page_table[row : row + 1]
         torch.testing.assert_close(case.run()[0], together[row], rtol=0, atol=2e-7)
+
+
+def test_where_padding_may_show_fixed_rows_are_groups_of_their_own():
+    """On a CPU padded rows are equal bit for bit: `deterministic` relies on it (tests/runtime/test_exactness.py)."""
+    table = torch.zeros(3, 4, dtype=torch.int64)
+    sizes = []
+    for device, fixed in (("cpu", True), ("meta", False), ("meta", True)):
+        kv = torch.empty(4, 1, 2, 16, 2, 8, device=device)
+        with force("torch"):
+            plan = plan_attention(kv, [1, 1, 1], [0, 1, 2], [20, 33, 40], table.to(device), fixed=fixed)
+        sizes.append(len(plan.decode))
+    assert sizes == [1, 1, 3]

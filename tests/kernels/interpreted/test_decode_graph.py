@@ -4,9 +4,8 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from crane.kernels.paged_decode import decode_tile, paged_decode
+from crane.kernels import paged_plan, plan_decode
 from crane.kernels.paged_plan import plan_decode_rows
-from crane.kernels.plan_decode import plan_decode
 from crane.kernels.registry import force
 from crane.kernels.rows import Rows, attend_rows, make_rows
 
@@ -43,18 +42,26 @@ def test_launches_captured_once_serve_every_length(launches):
         torch.testing.assert_close(out, attend_rows(q, kv, layer, rows, scale, None), rtol=1e-5, atol=1e-5)
 
 
-def test_with_parts_of_fixed_size_a_row_does_not_notice_its_neighbours():
+def test_with_parts_of_fixed_size_a_row_does_not_notice_its_neighbours(monkeypatch):
+    monkeypatch.setattr(paged_plan, "_FIXED_PART", 128)
+    for cost in ("_START", "_MERGE"):  # division costs nothing, so that all that is free is divided, too
+        monkeypatch.setattr(plan_decode, cost, 0)
     torch.manual_seed(0)
     shapes = [(1, 400), (1, 130), (2, 257)]
-    arguments = make_rows(shapes, "cpu", torch.bfloat16, heads=4, kv_heads=2, head_dim=32, page_size=16)
-    rows, tile = arguments.pop("rows"), decode_tile(32)
-    work = plan_decode.triton(rows.context_lens, tile, 3, 20, 2)
-    together = paged_decode.triton(**arguments, rows=rows, work=work)
+    arguments = make_rows(shapes, "cpu", torch.float32, heads=4, kv_heads=2, head_dim=32, page_size=16)
+    q, kv, layer, rows, scale = (arguments[name] for name in ("q", "kv", "layer", "rows", "scale"))
+
+    def attend(rows, fixed):
+        with force("triton"):
+            return plan_decode_rows(rows, kv, fixed).attend(q, kv, layer, scale)
+
+    different = 0
+    together, chosen = attend(rows, True), attend(rows, False)
     for row, (count, length) in enumerate(shapes):
         own = slice(row, row + 1)
         alone = Rows(rows.query_starts[own], rows.query_lens[own], rows.context_lens[own], rows.page_table[own],
                      count, length)  # fmt: skip
-        work = plan_decode.triton(alone.context_lens, tile, 50, 9, 2)
-        got = paged_decode.triton(**arguments, rows=alone, work=work)
         tokens = slice(int(alone.query_starts), int(alone.query_starts) + count)
-        assert torch.equal(got[tokens], together[tokens])
+        assert torch.equal(attend(alone, True)[tokens], together[tokens])
+        different += not torch.equal(attend(alone, False)[tokens], chosen[tokens])
+    assert different > 0

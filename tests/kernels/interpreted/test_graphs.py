@@ -2,6 +2,7 @@
 
 import pytest
 
+from crane.kernels import paged_plan
 from crane.kernels.registry import force
 from crane.runtime.engine import Engine
 from crane.runtime.graphs import DecodeGraphs
@@ -28,7 +29,7 @@ def tiny(tmp_path_factory):
 def make_engine(tiny, **settings):
     chosen = {"dtype": "float32", "cpu": True, "threads": 1, "max_model_len": 64, "max_concurrent": 4,
               "kv_memory": 4 << 20}
-    return Engine(Settings(model_path=tiny, **chosen, **settings))
+    return Engine(Settings(model_path=tiny, **(chosen | settings)))
 
 
 def answers(engine):
@@ -91,3 +92,26 @@ def test_a_device_without_graphs_captures_none_and_says_why(tiny):
     assert engine.runner.graphs.reason == "there are none on cpu"
     graphs = DecodeGraphs(engine.runner.model, engine.runner.kv, 4, 64)
     assert graphs.step_for([]) is None and graphs.num_captured == 0
+
+
+def test_a_deterministic_request_gets_the_same_bits_alone_and_among_others(tiny, monkeypatch):
+    monkeypatch.setattr(paged_plan, "_FIXED_PART", 64)  # of contexts as short as these
+    plans = []
+    plan = paged_plan.plan_decode_rows
+    monkeypatch.setattr(paged_plan, "plan_decode_rows", lambda *args: plans.append(args[2]) or plan(*args))
+    params = {"max_tokens": 2, "ignore_eos": True, "temperature": 0.7, "seed": 3, "logprobs": 2}
+    fixed = Generate("fixed", list(range(5, 140)), SamplingParams(**params, deterministic=True))
+    other = Generate("other", list(range(9, 99)), SamplingParams(**params))
+
+    def answer(requests):
+        engine = make_engine(tiny, kernels="torch", dtype="bfloat16", max_model_len=192)
+        assert all(engine.add(request) == Accepted(request.rid) for request in requests)
+        found = []
+        with force("triton", "attention", "plan_decode", "paged_decode"):  # what looks at several rows at once
+            while engine.has_work:
+                found += [(o.token_ids, o.logprobs) for o in engine.step() if o.rid == "fixed" and o.token_ids]
+        return found
+
+    alone = answer([fixed])
+    assert sum(len(ids) for ids, _ in alone) == 2 and True in plans
+    assert answer([other, fixed]) == alone
