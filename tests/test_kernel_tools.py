@@ -48,6 +48,19 @@ def test_bench_kernels_finds_a_kernel_that_is_wrong():
     assert failure.startswith("doubtful, a case, float32: off by")
 
 
+def test_bench_kernels_finds_ptx_that_gives_other_bits_than_plain_triton(monkeypatch):
+    def doubled(x, wrong):
+        return x * 2 + (wrong if tuning.pick("inline_ptx", kind="Q4_0", dtype="float32")["PTX"] else 0.0)
+
+    monkeypatch.setattr(bench_kernels, "has_twin", lambda device: True)
+    monkeypatch.setattr(bench_kernels, "run_case", lambda *_: 0.0)
+    right, wrong = kernel_of(lambda x: doubled(x, 0.0)), kernel_of(lambda x: doubled(x, 2.0**-22))
+    assert bench_kernels.check(right, OPTIONS) == []
+    (failure,) = bench_kernels.check(wrong, OPTIONS)
+    assert failure == "doubtful, a case, float32: with inline PTX it gives other bits than without"
+    assert bench_kernels.check(kernel_of(lambda x: x * 2), OPTIONS) == []  # never asks
+
+
 def test_bench_kernels_finds_a_kernel_that_gives_another_result_the_next_time():
     seen = iter(range(100))
     shaky = kernel_of(lambda x: x + (1e-7 * (next(seen) % 2) if x.dtype == torch.float32 else 0))
@@ -67,6 +80,8 @@ def test_tune_kernels_tries_every_number_up_and_down_within_limits():
     assert all(use["AFTER"] is True for use in tried)
     assert [(use["BM"], use["STAGES"], use["num_warps"]) for use in tried] == [
         (8, 1, 16), (32, 1, 16), (16, 2, 16), (16, 1, 8)]  # fmt: skip
+    assert tune_kernels.neighbours({"DEQUANTIZE": 1}) == [{"DEQUANTIZE": 0}]
+    assert tune_kernels.neighbours({"DEQUANTIZE": 0}) == [{"DEQUANTIZE": 1}]
 
 
 def test_rules_can_be_overridden_for_a_while():

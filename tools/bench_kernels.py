@@ -5,10 +5,10 @@
     python tools/bench_kernels.py gguf_linear sample    these only
     python tools/bench_kernels.py --replays 1000 --check-only
 
-Each small case is compared with the reference in float64, with poisoned memory around it (tests/kernels/cases.py); then
---replays runs of one call have to agree bit for bit. What fails is not timed. Times come with the fraction of the
-roofline: the least time that the device's own copy bandwidth and matrix product, measured first, allow. Ends in one
-line of JSON.
+Each small case is compared with the reference in float64, poisoned memory around it (tests/kernels/cases.py), and where
+parts of the kernel are PTX, bit for bit with itself without; then --replays runs of one call have to agree bit for bit.
+What fails is not timed. Times come with the fraction of the roofline: the least time that the device's own copy
+bandwidth and matrix product, measured first, allow. Ends in one line of JSON.
 """
 
 import argparse
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from crane.kernels import lang  # noqa: E402
+from crane.kernels import lang, tuning  # noqa: E402
 from crane.kernels.registry import Case, Kernel  # noqa: E402
 from tests.kernels.cases import all_kernels, error, mapped, run_case, tensors, widened  # noqa: E402
 
@@ -85,15 +85,36 @@ def check(kernel: Kernel, options: argparse.Namespace) -> list[str]:
                 found = run_case(kernel, case, dtype, "cuda") if has_twin(options.device) else check_torch(
                     kernel, case, dtype, options.device)
                 # torch's way rounds to the dtype in between
-                limit = kernel.tolerances[dtype] * (1 if has_twin(options.device) else 3)
+                limit = (case.tolerance or kernel.tolerances[dtype]) * (1 if has_twin(options.device) else 3)
                 if found > limit:
                     failures.append(f"{name}: off by {found:.2e}, more than {limit:.2e}")
+                if has_twin(options.device) and ptx_differs(kernel, case.make(options.device, dtype)):
+                    failures.append(f"{name}: with inline PTX it gives other bits than without")
             except (AssertionError, RuntimeError) as problem:
                 failures.append(f"{name}: {problem}")
     for case in cases(kernel, options):
         if differing := replay(kernel, case, options):
             failures.append(f"{kernel.name}, {case.name}: {differing} of {options.replays} replays differ")
     return failures
+
+
+def ptx_differs(kernel: Kernel, arguments: dict) -> bool:
+    """Whether the rule `inline_ptx`, if the kernel asks for it, makes a difference to any bit of its results."""
+    asked = []
+
+    def run(ptx: int) -> list[torch.Tensor]:
+        def choose(name: str, features: dict, use: dict) -> dict:
+            if name != "inline_ptx":
+                return use
+            asked.append(ptx)
+            return {"PTX": ptx}
+
+        with tuning.overridden(choose):
+            results = tensors(kernel.triton(**mapped(arguments, torch.clone)))
+        return [each.contiguous().view(torch.uint8) for each in results]
+
+    fast = run(1)
+    return bool(asked) and not all(map(torch.equal, fast, run(0)))
 
 
 def check_torch(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> float:

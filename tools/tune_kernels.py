@@ -4,9 +4,9 @@
     python tools/tune_kernels.py --out tuning.json
 
 Every production case of the kernels that have rules is timed with its rule's numbers and with their neighbours: warps
-and tiles halved and doubled, one stage more or less, one change after another as long as that gains. A candidate counts
-when its results agree with the rule's own within the kernel's tolerance. What won by more than 3 % becomes a rule of
-its own for these features and this architecture, in front of the others.
+and tiles halved and doubled, one stage more or less, the other of two ways (DEQUANTIZE, PTX), one change after another
+as long as that gains. A candidate counts when its results agree with the rule's own within the kernel's tolerance. What
+won by more than 3 % becomes a rule of its own for these features and this architecture, in front of the others.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from tests.kernels.cases import all_kernels, error, mapped, tensors  # noqa: E40
 from tools.bench_kernels import dtype_of, seconds  # noqa: E402
 
 _GAIN = 1.03
-_LIMITS = {"num_warps": (1, 16), "num_stages": (1, 6), "STAGES": (1, 6)}
+_LIMITS = {"num_warps": (1, 16), "num_stages": (1, 6), "STAGES": (1, 6), "DEQUANTIZE": (0, 1), "PTX": (0, 1)}
+_STEPPED = ("num_stages", "STAGES", "DEQUANTIZE", "PTX")  # by one
 
 
 def main() -> int:
@@ -92,7 +93,7 @@ def neighbours(use: dict) -> list[dict]:
     for name, value in use.items():
         if type(value) is not int:
             continue
-        steps = (value - 1, value + 1) if "stages" in name.lower() else (value // 2, value * 2)
+        steps = (value - 1, value + 1) if name in _STEPPED else (value // 2, value * 2)
         low, high = _LIMITS.get(name, (8, 256))
         found += [use | {name: step} for step in steps if low <= step <= high]
     return found

@@ -8,6 +8,9 @@ one group at a time, and scale and offset are applied to each group's float32 pr
 Many rows: the tile of weights is rounded to x's dtype first, as a model dequantised at load would hold it.
 The input may be cut into parts that different programs add up; the parts are then summed in order, so that
 the same call gives the same bits every time.
+
+So many rows that taking the weight apart for each tile of them costs more than writing it out once
+(`tuning.json` says from how many): it is dequantised, a slab of rows at a time, and the product left to torch.
 """
 
 import torch
@@ -15,134 +18,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crane.kernels import lang, tuning
-from crane.kernels.lang import FLOATS, constexpr_function, jit, tl
+from crane.kernels.gguf_codes import runs_of, scale_of, second_of, uses_ptx
+from crane.kernels.gguf_dequantize import gguf_dequantize
+from crane.kernels.lang import FLOATS, jit, tl
 from crane.kernels.planes import PLANE_FORMATS, STEP, Planes, dequantize_planes, random_planes
 from crane.kernels.registry import Case, kernel
 
 # Most programs that add up one tile, and the programs a multiprocessor should have to work on.
 _MAX_PARTS = 16
 _PROGRAMS_A_PROCESSOR = 4
+# Elements of a weight that are dequantised at a time, and the number of rows up to which rules tell them apart.
+_SLAB = 1 << 25
+_MOST_ROWS = 4096
 
 
-def _gguf_linear_torch(x: Tensor, planes: Planes, bias: Tensor | None = None, invariant: bool = False) -> Tensor:
+def _gguf_linear_torch(x: Tensor, planes: Planes, bias: Tensor | None = None) -> Tensor:
     """y = x @ weight.T + bias.
 
     x: [num_rows, in_features]; planes: a weight [out_features, in_features]; bias: [out_features] of x's dtype.
-    invariant: a row's result does not depend on how many rows there are. Returns [num_rows, out_features].
+    Returns [num_rows, out_features].
     """
     return F.linear(x, dequantize_planes(planes, x.dtype), bias)
-
-
-# results and operands of `_fast_codes`
-_REGISTERS = tl.constexpr("=r,=r,=r,=r,r,r")
-
-
-@constexpr_function
-def _fast_codes(bits, zero, shift, dtype):
-    """PTX that turns four bytes of nibbles into four codes of each of two groups, as bfloat16 or float16.
-
-    shift: place of the first group's bits in the bytes above the nibbles, the second operand if bits > 4.
-    Bytes are masked four at a time, then permuted into the mantissa of 128 (or 1024), which is subtracted again
-    by a fused multiply and add: sm_80 has no other packed arithmetic on bfloat16.
-    """
-    if dtype == tl.bfloat16:
-        power, one, kind, less = 0x43, 0x3F80, "bf16x2", 0xC300 + zero  # -(128 + zero)
-    else:
-        power, one, kind, less = 0x64, 0x3C00, "f16x2", 0xE400 + zero  # -(1024 + zero)
-    lines = [
-        "{ .reg .b32 l, h, t, one, less;", "and.b32 l, $4, 0x0F0F0F0F;", "shr.u32 h, $4, 4;",
-        "and.b32 h, h, 0x0F0F0F0F;", f"mov.b32 one, {one * 0x10001:#x};", f"mov.b32 less, {less * 0x10001:#x};",
-    ]  # fmt: skip
-    for group, register in enumerate("lh"):
-        if bits > 4:
-            left = 4 - (shift + group * (bits - 4))
-            mask = ((1 << (bits - 4)) - 1 << 4) * 0x01010101
-            lines += [f"shl.b32 t, $5, {left};" if left >= 0 else f"shr.u32 t, $5, {-left};"]
-            lines += [f"and.b32 t, t, {mask:#x};", f"or.b32 {register}, {register}, t;"]
-        for half, order in enumerate(("0x4140", "0x4342")):
-            out = f"${2 * group + half}"
-            lines += [f"prmt.b32 {out}, {register}, {power * 0x01010101:#x}, {order};"]
-            lines += [f"fma.rn.{kind} {out}, {out}, one, less;"]
-    return " ".join(lines) + " }"
-
-
-@jit
-def _codes(low, high, shift, DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, FAST: tl.constexpr):
-    """Two groups of codes as exact numbers of the dtype. low: uint8 nibbles; high: uint8, both groups' bits at `shift`.
-
-    A code in the low bits of a power of two's mantissa is that power plus the code; conversions are slower.
-    """
-    if FAST:
-        PTX: tl.constexpr = _fast_codes(BITS, ZERO, shift, DTYPE)
-        if DTYPE == tl.bfloat16:
-            return tl.inline_asm_elementwise(PTX, _REGISTERS, [low, high], (tl.bfloat16, tl.bfloat16), True, 4)
-        else:
-            return tl.inline_asm_elementwise(PTX, _REGISTERS, [low, high], (tl.float16, tl.float16), True, 4)
-    first, second = low & 15, low >> 4
-    if BITS > 4:
-        MASK: tl.constexpr = (1 << (BITS - 4)) - 1
-        high = high >> shift
-        first |= (high & MASK) << 4
-        second |= ((high >> (BITS - 4)) & MASK) << 4
-    return _exact(first, DTYPE, ZERO), _exact(second, DTYPE, ZERO)
-
-
-@jit
-def _exact(code, DTYPE: tl.constexpr, ZERO: tl.constexpr):
-    """Codes 0..63, `ZERO` subtracted."""
-    if DTYPE == tl.bfloat16:
-        return (code.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - (128.0 + ZERO)
-    elif DTYPE == tl.float16:
-        return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + ZERO)
-    else:
-        return code.to(DTYPE) - ZERO
-
-
-@jit
-def _half(words, place: tl.constexpr):
-    """The float16 in the low (0) or high (1) half of each word, as float32."""
-    return (words >> (16 * place)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@jit
-def _byte(words, place: tl.constexpr, SIGNED: tl.constexpr):
-    """Byte `place` of each word, as float32."""
-    if SIGNED:
-        return ((words << (24 - 8 * place)) >> 24).to(tl.float32)
-    else:
-        return ((words >> (8 * place)) & 255).to(tl.float32)
-
-
-@jit
-def _scale(words, more, run: tl.constexpr, NESTED: tl.constexpr, OFFSET: tl.constexpr):
-    """float32 scale of a step's run; of its first 16 codes where it has two. more: words of the block, if NESTED."""
-    if not NESTED:
-        return _half(words, run)
-    elif OFFSET:
-        return _byte(words, run, False) * _half(more, 0)
-    else:
-        return _byte(words, 2 * run, True) * _half(more, 0)
-
-
-@jit
-def _second(words, more, run: tl.constexpr, NESTED: tl.constexpr, OFFSET: tl.constexpr):
-    """float32: the offset of a step's run, if OFFSET; else the scale of its last 16 codes, where it has two."""
-    if OFFSET and NESTED:
-        return -(_byte(words, 2 + run, False) * _half(more, 1))
-    elif OFFSET:
-        return _half(more, run)
-    else:
-        return _byte(words, 2 * run + 1, True) * _half(more, 0)
 
 
 @jit
 def _multiply(acc, code, x_at, there, words, more, run: tl.constexpr, NESTED: tl.constexpr, OFFSET: tl.constexpr,
               AFTER: tl.constexpr):
     """acc [BN, BM] plus the weights of one run times x. code: [BN, 32]; x_at: [32, BM]; words, more: [BN]."""
-    scale = _scale(words, more, run, NESTED, OFFSET)
+    scale = scale_of(words, more, run, NESTED, OFFSET)
     HALVES: tl.constexpr = NESTED and not OFFSET  # 16 codes to a scale
     if OFFSET or HALVES:
-        second = _second(words, more, run, NESTED, OFFSET)
+        second = second_of(words, more, run, NESTED, OFFSET)
     j = tl.arange(0, 32)
     if AFTER and HALVES:
         # the codes stay where they are; x comes twice, once without its last 16 columns and once without its first
@@ -203,22 +109,13 @@ def _linear_kernel(
                 more = tl.load(more_ptr + step * num_columns + n, mask=known, other=0)
             elif not NESTED:
                 more = words
-            if HIGH_STEPS > 0 and (place % HIGH_STEPS == 0):
-                high_at = high_ptr + (step // HIGH_STEPS).to(tl.int64) * plane + tile
-                high = tl.load(high_at, mask=known[:, None], other=0)
-            if BITS == 8:
-                at = codes_ptr + (2 * step).to(tl.int64) * plane + tile
-                front = tl.load(at, mask=known[:, None], other=0).to(DTYPE)
-                back = tl.load(at + plane, mask=known[:, None], other=0).to(DTYPE)
+            if HIGH_STEPS > 0:
+                if place % HIGH_STEPS == 0:
+                    high_at = high_ptr + (step // HIGH_STEPS).to(tl.int64) * plane + tile
+                    high = tl.load(high_at, mask=known[:, None], other=0)
             else:
-                codes = tl.load(codes_ptr + step.to(tl.int64) * plane + tile, mask=known[:, None], other=0)
-                if BITS == 4:
-                    front, back = _codes(codes, codes, 0, DTYPE, BITS, ZERO, FAST)
-                elif UNROLL % HIGH_STEPS == 0:
-                    front, back = _codes(codes, high, place % HIGH_STEPS * (2 * (BITS - 4)), DTYPE, BITS, ZERO, FAST)
-                else:
-                    shifts = (step % HIGH_STEPS * (2 * (BITS - 4))).to(tl.uint8)
-                    front, back = _codes(codes, high, shifts, DTYPE, BITS, ZERO, False)
+                high = tile
+            front, back = runs_of(codes_ptr, high, step, place, plane, tile, known, DTYPE, BITS, ZERO, UNROLL, FAST)
             column = step * 64 + j[:, None]
             x_at = x_ptr + m[None, :].to(tl.int64) * x_stride + column
             inside = there if EVEN else there & (column < width)
@@ -245,9 +142,9 @@ def _sum_parts_kernel(parts_ptr, bias_ptr, out_ptr, size, num_columns, PARTS: tl
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _tiles(planes: Planes, num_rows: int, invariant: bool) -> dict:
+def _tiles(planes: Planes, num_rows: int) -> dict:
     """Sizes of a tile and of its program, by the rows of x; steps in a round, a divisor of their number."""
-    rows = 16 if invariant else min(max(8, lang.next_power_of_2(num_rows)), 128)
+    rows = min(max(8, lang.next_power_of_2(num_rows)), 128)
     group = 16 if planes.nested and not planes.has_offset else 32
     tiles = tuning.pick("gguf_linear", rows=rows, group=group, kind=planes.kind)
     # more steps in a round: of whole weights they break the code for sm_100's tensor cores (Triton 3.6), of others
@@ -259,20 +156,37 @@ def _tiles(planes: Planes, num_rows: int, invariant: bool) -> dict:
     return tiles | {"UNROLL": next(count for count in counts if num_steps % count == 0)}
 
 
-def _num_parts(planes: Planes, num_rows: int, tiles: dict, num_rounds: int, invariant: bool) -> int:
+def _num_parts(planes: Planes, num_rows: int, tiles: dict, num_rounds: int) -> int:
     """Programs that share one tile's columns, so that a narrow weight keeps the whole GPU busy."""
-    rows = 1 if invariant else -(-num_rows // tiles["BM"])
-    programs = rows * -(-planes.shape[0] // tiles["BN"])
+    programs = -(-num_rows // tiles["BM"]) * -(-planes.shape[0] // tiles["BN"])
     wanted = _PROGRAMS_A_PROCESSOR * 2 // tiles["num_warps"] or 1
     return max(1, min(wanted * lang.num_processors(planes.device) // programs, num_rounds // 2, _MAX_PARTS))
 
 
-def _gguf_linear_triton(x: Tensor, planes: Planes, bias: Tensor | None = None, invariant: bool = False) -> Tensor:
+def _dequantised_product(x: Tensor, planes: Planes, bias: Tensor | None, out: Tensor) -> None:
+    """The product by torch, into out: the weight is written out in x's dtype, a slab of its rows after the other."""
+    num_columns, width = planes.shape
+    size = max(_SLAB // width, 1)
+    slab = torch.empty(min(size, num_columns), width, dtype=x.dtype, device=x.device)
+    for start in range(0, num_columns, size):
+        columns = slice(start, min(start + size, num_columns))
+        weight = gguf_dequantize(slab[: columns.stop - start], planes, start)
+        if bias is None:
+            torch.mm(x, weight.T, out=out[:, columns])
+        else:
+            torch.addmm(bias[columns], x, weight.T, out=out[:, columns])
+
+
+def _gguf_linear_triton(x: Tensor, planes: Planes, bias: Tensor | None = None) -> Tensor:
     num_rows, (num_columns, width) = x.shape[0], planes.shape
-    tiles = _tiles(planes, num_rows, invariant)
-    num_rounds = -(-width // STEP) // tiles["UNROLL"]
-    parts = _num_parts(planes, num_rows, tiles, num_rounds, invariant)
     out = torch.empty(num_rows, num_columns, dtype=x.dtype, device=x.device)
+    rows = min(lang.next_power_of_2(num_rows), _MOST_ROWS)
+    if tuning.pick("gguf_linear_route", rows=rows, kind=planes.kind)["DEQUANTIZE"]:
+        _dequantised_product(x, planes, bias, out)
+        return out
+    tiles = _tiles(planes, num_rows)
+    num_rounds = -(-width // STEP) // tiles["UNROLL"]
+    parts = _num_parts(planes, num_rows, tiles, num_rounds)
     target = out
     if parts > 1:
         target = torch.empty(parts, num_rows, num_columns, dtype=torch.float32, device=x.device)
@@ -284,7 +198,7 @@ def _gguf_linear_triton(x: Tensor, planes: Planes, bias: Tensor | None = None, i
         num_rows, num_columns, width, x.stride(0), -(-num_rounds // parts), num_rounds,
         BITS=planes.format.bits, ZERO=planes.format.zero, NESTED=planes.nested, OFFSET=planes.has_offset,
         BIAS=bias is not None and parts == 1, EVEN=width % STEP == 0,
-        FAST=lang.arch() >= 80 and x.dtype != torch.float32, **tiles,
+        FAST=uses_ptx(planes.kind, x.dtype), **tiles,
     )  # fmt: skip
     if parts > 1:
         block = 1024
@@ -295,7 +209,7 @@ def _gguf_linear_triton(x: Tensor, planes: Planes, bias: Tensor | None = None, i
     return out
 
 
-def _why_not(x: Tensor, planes: Planes, bias: Tensor | None = None, invariant: bool = False) -> str | None:
+def _why_not(x: Tensor, planes: Planes, bias: Tensor | None = None) -> str | None:
     if x.dtype not in FLOATS:
         return f"{x.dtype} is not a number type it knows"
     if x.dim() != 2 or x.stride(1) != 1 or x.shape[0] == 0:
@@ -303,13 +217,12 @@ def _why_not(x: Tensor, planes: Planes, bias: Tensor | None = None, invariant: b
     return None if bias is None or bias.stride(0) == 1 else "the bias is not contiguous"
 
 
-def _case(kind: str, rows: int, columns: int, width: int, *, bias: bool = False, invariant: bool = False):
+def _case(kind: str, rows: int, columns: int, width: int, *, bias: bool = False):
     def make(device: str, dtype: torch.dtype) -> dict:
         return {
             "x": torch.randn(rows, width, device=device).to(dtype),
             "planes": random_planes(kind, columns, width, device),
             "bias": torch.randn(columns, device=device).to(dtype) if bias else None,
-            "invariant": invariant,
         }
 
     return make
@@ -320,7 +233,7 @@ def _elements(function: str, constants: dict) -> int:
     return constants["BN"] * STEP * constants["UNROLL"] if function == "_linear_kernel" else constants["BLOCK"]
 
 
-def _traffic(x: Tensor, planes: Planes, bias: Tensor | None = None, invariant: bool = False) -> tuple[int, int]:
+def _traffic(x: Tensor, planes: Planes, bias: Tensor | None = None) -> tuple[int, int]:
     num_rows, (columns, width) = x.shape[0], planes.shape
     return planes.nbytes + num_rows * (columns + width) * x.element_size(), 2 * num_rows * columns * width
 
@@ -337,14 +250,16 @@ gguf_linear = kernel(
         *(Case(f"{kind} many rows", _case(kind, 40, 40, 256)) for kind in PLANE_FORMATS),
         Case("shared columns", _case("Q4_K", 9, 72, 1024, bias=True)),
         Case("shared columns, one row", _case("Q8_0", 1, 16, 1024)),
-        Case("invariant", _case("Q6_K", 5, 64, 512, invariant=True)),
         Case("prefill", _case("Q5_0", 70, 72, 128)),
+        Case("dequantised once", _case("Q4_K", 1050, 40, 256, bias=True), (torch.bfloat16,), tolerance=2e-2),
+        Case("dequantised once, odd steps", _case("Q8_0", 1030, 24, 96), (torch.float16, torch.float32)),
         *(Case(f"{kind} decode of a 7B model", _case(kind, 1, 3584, 3584), production=True) for kind in PLANE_FORMATS),
         *(Case(f"Q4_K, {rows} rows", _case("Q4_K", rows, 18944, 3584), production=True) for rows in (16, 32, 64)),
         Case("Q6_K, 32 rows", _case("Q6_K", 32, 18944, 3584), production=True),
         *(
-            Case(f"{kind} prefill of a 7B model", _case(kind, 2048, 18944, 3584), production=True)
+            Case(f"{kind}, {rows} rows of a prompt", _case(kind, rows, 18944, 3584), production=True)
             for kind in ("Q8_0", "Q4_K", "Q6_K")
+            for rows in (256, 512, 1024, 2048)
         ),
     ),
 )  # fmt: skip
