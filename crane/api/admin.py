@@ -104,7 +104,10 @@ def flush_cache(context: Context, request: Request) -> Answer:
 
 
 def abort_request(context: Context, request: Request) -> Answer:
-    """End requests, of any worker. Those whose id begins with `rid`, or all. Ids that do not run are no error."""
+    """End requests, of any worker. Those whose id begins with `rid`, or all. Ids that do not run are no error.
+
+    Of the own key only, unless keys share everything (--no-isolate-keys).
+    """
     body = sglang.native_body(AbortBody, request.body, context)
 
     def render(num_aborted: int) -> Reply:
@@ -112,7 +115,8 @@ def abort_request(context: Context, request: Request) -> Answer:
 
     if context.state.status not in ("ready", "draining") or not (body.rid or body.abort_all):
         return render(0)
-    return Question("abort", render, None if body.abort_all else body.rid)
+    owner = context.tenant if context.settings.isolate_keys else ""
+    return Question("abort", render, (None if body.abort_all else body.rid, owner))
 
 
 def _server_info(context: Context, counters: dict) -> dict:

@@ -17,6 +17,7 @@ def claims(context: Context, body: QueuedBody) -> dict[str, Any]:
         "priority": -priority if context.settings.priority_order == "highest-first" else priority,
         "timeout_s": body.timeout_s,
         "tenant": _tenant(context, body),
+        "owner": context.tenant,
     }
 
 

@@ -42,11 +42,13 @@ class Listener(Protocol):
 
 @dataclass
 class _Owner:
-    """Whose request it is (None: nobody's, for now) and how many of its choices still run. Written by Stepper only."""
+    """Who listens to a request (None: nobody, for now), how many of its choices still run, and whose key it came with.
+    Written by Stepper only."""
 
     peer: Any
     num_open: int
     num_choices: int
+    key: str
 
 
 class Stepper(threading.Thread):
@@ -171,7 +173,7 @@ class Stepper(threading.Thread):
             return Rejected(message.rid, "duplicate_rid", f"a request with id {message.rid!r} is running")
         answer = engine.add(message)
         if not isinstance(answer, Rejected):
-            self._owners[message.rid] = _Owner(peer, message.sampling.n, message.sampling.n)
+            self._owners[message.rid] = _Owner(peer, message.sampling.n, message.sampling.n, message.owner)
             if message.journal is None:
                 self._journal.forget(message.rid)  # of an earlier request with this rid
             else:
@@ -193,15 +195,16 @@ class Stepper(threading.Thread):
         return Reply(call.id, error=f"unknown question {call.op!r}")
 
     def _abort(self, engine, peer, call: Call) -> list[tuple]:
-        """End the requests of any peer whose rid begins with the payload, or all; answers how many.
+        """End the requests of any peer whose rid begins as the payload says, or all; answers how many.
 
         `rid#i` that is no request's own is choice i of request `rid`.
         """
-        start = call.payload
-        named = [(rid, None) for rid in self._owners if start is None or rid.startswith(start)]
+        start, key = call.payload
+        theirs = [rid for rid, owner in self._owners.items() if key in ("", owner.key)]
+        named = [(rid, None) for rid in theirs if start is None or rid.startswith(start)]
         if not named:
             rid, _, index = start.rpartition("#") if start else ("", "", "")
-            named = [(rid, int(index))] if index.isdecimal() and rid in self._owners else []
+            named = [(rid, int(index))] if index.isdecimal() and rid in theirs else []
         outputs = [output for rid, index in named for output in engine.abort(rid, index)]
         return [*self._route(outputs), (peer, Reply(call.id, len({output.rid for output in outputs})))]
 

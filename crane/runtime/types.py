@@ -128,6 +128,7 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
     # its outputs are kept for `Resume`, with this note for whoever resumes it
     journal: bytes | None = None
     timeline: bool = False  # its last outputs come with their timelines
+    owner: str = ""  # whose key it came with
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -156,8 +157,8 @@ class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
     """API to engine: a question, answered by `Reply` with the same id.
 
     op: "stats", "metrics", "plan" (payload: Generate messages; answered by a `Plan` of each), "abort" (payload: the
-    beginning of rids, None for all), "journal" (payload: a rid; answered by its note, or None), "trace", or one of
-    `waiting.Waiting`.
+    beginning of rids, None for all, and their owner, "" for anybody), "journal" (payload: a rid; answered by its note,
+    or None), "trace", or one of `waiting.Waiting`.
     """
 
     id: int

@@ -107,9 +107,9 @@ def test_flush_cache_wants_a_sane_timeout(client, timeout):
 
 
 @pytest.mark.parametrize("body, call", [
-    ({"rid": "a"}, ("abort", "a")),
-    ({"abort_all": True}, ("abort", None)),
-    ({"rid": "a", "abort_all": True}, ("abort", None)),
+    ({"rid": "a"}, ("abort", ("a", ""))),
+    ({"abort_all": True}, ("abort", (None, ""))),
+    ({"rid": "a", "abort_all": True}, ("abort", (None, ""))),
 ])  # fmt: skip
 @pytest.mark.parametrize("state", [None, DRAINING])
 def test_abort_reaches_the_engine(client, body, call, state):

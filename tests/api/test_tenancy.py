@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +20,7 @@ from crane.errors import EngineError, SettingsError
 from crane.runtime.settings import Settings
 from tests.api.harness import NEVER, Client, speak
 from tests.serving import ROOT, start_server, wait_for
+from tests.tiny import make_tiny
 
 TEXT = "/v1/completions"
 
@@ -242,6 +244,48 @@ def test_two_workers_count_as_one(tiny_path, tmp_path):
         assert "sk-a" not in audit.read_text() + server.log() and "secret" not in audit.read_text() + server.log()
 
 
+def test_a_key_ends_its_own_requests_only(tmp_path):
+    model = make_tiny(tmp_path / "tiny", "qwen3", max_position=60_000)
+    keys = tmp_path / "keys"
+    keys.write_text("sk-a name=alice\nsk-2 name=alice\nsk-b name=bob\n")
+
+    def post(path, key, body):
+        request = urllib.request.Request(server.url + path, json.dumps(body).encode(), bearer(key))
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.loads(response.read())
+
+    def get(path, key):
+        request = urllib.request.Request(server.url + path, headers=bearer(key))
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.loads(response.read())
+
+    def ask(rid, key):
+        body = {"text": "a", "rid": rid, "sampling_params": {"max_new_tokens": 50_000, "ignore_eos": True}}
+        answers[rid] = post("/generate", key, body)["meta_info"]["finish_reason"]["type"]
+
+    def abort(key, **body):
+        return post("/abort_request", key, body)["num_aborted"]
+
+    answers: dict[str, str] = {}
+    with start_server(model, "-w", "2", env={"CRANE_API_KEY_FILE": str(keys)}) as server:
+        asking = [threading.Thread(target=ask, args=pair) for pair in (("a1", "sk-a"), ("a2", "sk-a"), ("b1", "sk-b"))]
+        for thread in asking:
+            thread.start()
+        wait_for(lambda: get("/v1/stats", "sk-a")["active_sequences"] == 3)
+        assert abort("sk-b", rid="a") == abort("sk-b", rid="a1#0") == 0
+        assert abort("sk-b", abort_all=True) == 1 and abort("sk-2", rid="a1") == abort("sk-a", rid="a") == 1
+        for thread in asking:
+            thread.join(20)
+        assert answers == dict.fromkeys(("a1", "a2", "b1"), "abort")
+
+
+def test_keys_that_share_everything_may_end_each_others_requests(client, tmp_path):
+    for isolate, owner in ((True, tenant_of_key("name a")), (False, "")):
+        here = client(settings=keyed(tmp_path, "sk-a name=a", isolate_keys=isolate), answer=1)
+        here.post("/abort_request", {"rid": "x"}, headers=bearer("sk-a"))
+        assert here.link.calls == [("abort", ("x", owner))]
+
+
 def test_prefixes_are_computed_for_one_tenant_only(client, model, tmp_path):
     lines = ("sk-1 name=a", "sk-2 name=a", "sk-3 name=b")
     salts = []
@@ -267,6 +311,7 @@ def test_every_route_that_computes_is_metered_and_isolated(client, model, tmp_pa
     for number, (path, body) in enumerate(bodies.items(), 1):
         response = here.post(path, body, headers=bearer("sk-a"))
         assert response.status in (429, 503) and len(here.link.opened) == number
+        assert here.link.opened[-1].owner == tenant_of_key("name a")
         assert here.link.opened[-1].cache_salt and int(response.headers["x-ratelimit-remaining-tokens"]) < 9000
 
 

@@ -255,14 +255,14 @@ def test_any_link_may_abort_all_requests_whose_ids_begin_so(scene):
         streams = {rid: one.open([request(rid, LONG)]) for rid in ("a_0", "a_1", "b_0", "b_1")}
         for stream in streams.values():
             await stream.accepted()
-        assert await two.call("abort", "nobody's") == 0
-        assert await two.call("abort", "a") == 2
+        assert await two.call("abort", ["nobody's", ""]) == 0
+        assert await two.call("abort", ["a", ""]) == 2
         assert (await collect(streams["a_0"]))[-1].finish_reason == "abort"
         assert (await collect(streams["a_1"]))[-1].finish_reason == "abort"
         assert not streams["b_0"].finished
-        assert await two.call("abort", "b_1") == 1
+        assert await two.call("abort", ["b_1", ""]) == 1
         assert (await collect(streams["b_1"]))[-1].finish_reason == "abort"
-        assert await two.call("abort", None) == 1
+        assert await two.call("abort", [None, ""]) == 1
         assert (await collect(streams["b_0"]))[-1].finish_reason == "abort"
 
     play(scene, script)
@@ -273,7 +273,7 @@ def test_choice_can_be_aborted_by_the_name_that_clients_know(scene):
         (link,) = await scene.ready()
         stream = link.open([request("r", LONG, n=3)])
         await stream.accepted()
-        assert await link.call("abort", "r#1") == 1 and await link.call("abort", "r#9") == 0
+        assert await link.call("abort", ["r#1", ""]) == 1 and await link.call("abort", ["r#9", ""]) == 0
         ended = [output for output in await collect_until_last(stream) if output.finish_reason]
         assert [(output.index, output.finish_reason) for output in ended] == [(1, "abort")]
         assert not stream.finished
