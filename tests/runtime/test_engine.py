@@ -223,7 +223,7 @@ def full_hidden(engine, token_ids):
     sequence = Sequence(Generate("x", token_ids, SamplingParams()), 0, 0, frozenset())
     sequence.pages = list(range(engine.scheduler.pool.pages_for(len(token_ids))))
     with torch.inference_mode():
-        return engine.runner._hidden([Row(sequence, 0, len(token_ids), False)], [0], Launched([]))
+        return engine.runner._hidden([Row(sequence, 0, len(token_ids), False)], [0], Launched([]), False)
 
 
 def test_penalties_bias_and_minimum_length_act(tiny):
