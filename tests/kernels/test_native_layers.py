@@ -72,7 +72,9 @@ def test_positions_turn_as_far_as_the_reference_turns_them():
 
 
 @pytest.mark.parametrize("rows", [*ROWS.values(), [(1, 1300), (1, 513), (8, 1027), (9, 20)]], ids=[*ROWS, "long"])
-@pytest.mark.parametrize("heads, kv_heads, page_size", [(4, 2, 16), (7, 1, 16), (20, 1, 4), (3, 3, 1)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, page_size", [(4, 2, 16), (14, 2, 16), (18, 9, 16), (40, 1, 32), (20, 1, 4), (3, 3, 1)]
+)
 def test_attention_over_pages_equals_attention_written_out(rows, heads, kv_heads, page_size):
     for dtype, head_dim, tolerance in ((torch.float32, 48, 1e-5), (torch.bfloat16, 64, 2e-2)):
         case = Case(rows, heads=heads, kv_heads=kv_heads, page_size=page_size, head_dim=head_dim, dtype=dtype)

@@ -2,14 +2,17 @@
 
     out[h] = softmax(scale * q[h] . K[:, h / group]) @ V[:, h / group]
 
-A task is one K/V head of one token (or MAX_GROUP of its query heads) and up to CHUNK of its positions, so that a long context is shared out; the
-parts of one token are put together at the end. Where the chunks lie depends on the token alone, so its result does
-not depend on what else is in the batch. The heads of a group share each read of K and V. */
+A task is one K/V head of one token (or MAX_GROUP of its query heads) and up to CHUNK of its positions, so that a long
+context is shared out; the parts of one token are put together at the end. Where the chunks lie depends on the token
+alone, so its result does not depend on what else is in the batch. The heads of a group share each read of K and V.
+
+AMX does both products in tiles of 16 query heads, which may belong to neighbouring K/V heads: their columns are zero
+where keys are another's. Weights are rounded to bfloat16 for it. */
 #include "common.h"
 #include <math.h>
 #include <stdlib.h>
 
-#define CHUNK 512
+#define CHUNK 256
 #define BLOCK 16    /* positions taken together */
 #define MAX_DIM 256
 #define MAX_GROUP 16
@@ -24,7 +27,8 @@ typedef struct {
     float scale;
     int32_t dtype, use_amx;
     const int32_t *task_entry, *task_chunk;
-    int64_t splits, split; /* tasks of one K/V head, and query heads of each but the last */
+    int64_t tasks_per_chunk;
+    int64_t bundle, splits, split; /* K/V heads taken together, tasks of them, and query heads of each but the last */
     float *parts; /* [tasks, split, head_dim + 2]: sums of values, largest score, sum of weights */
 } Decode;
 
@@ -35,34 +39,32 @@ INLINE const char *key_at(const Decode *p, int64_t entry, int64_t at, int64_t he
     return (const char *)p->kv + (token * p->kv_heads + head) * p->head_dim * size;
 }
 
-#ifdef __AMX_BF16__
-typedef struct { uint8_t palette, start, zero[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } TileConfig;
+/* What one task computes: query heads [first, first + heads) of an entry, and positions [begin, end) of it. */
+typedef struct { int64_t entry, first, heads, begin, end; } Task;
 
-static void configure(void) {
-    TileConfig c = {.palette = 1};
-    for (int i = 0; i < 3; i++) c.row_bytes[i] = 64, c.rows[i] = 16;
-    __asm__ volatile("" : : "r"(&c) : "memory");
-    _tile_loadconfig(&c);
+INLINE Task task_at(const Decode *p, int64_t index) {
+    int64_t entry = p->task_entry[index], begin = (int64_t)p->task_chunk[index] * CHUNK, length = p->lengths[entry];
+    int64_t place = index % (p->tasks_per_chunk), wide = p->bundle * (p->heads / p->kv_heads);
+    int64_t first = place / p->splits * wide + place % p->splits * p->split, last = (place / p->splits + 1) * wide;
+    last = last < p->heads ? last : p->heads;
+    return (Task){entry, first, last - first < p->split ? last - first : p->split, begin,
+                  begin + CHUNK < length ? begin + CHUNK : length};
 }
 
-/* q of a group as AMX wants its second operand: [head_dim / 2][16 heads][2] */
-INLINE void spread_q(const uint16_t *q, int64_t group, int64_t dim, uint16_t *to) {
-    memset(to, 0, dim * 32);
-    for (int64_t g = 0; g < group; g++)
-        for (int64_t i = 0; i < dim; i++) to[i / 2 * 32 + g * 2 + i % 2] = q[g * dim + i];
-}
-
-/* scores[position][head] of 16 keys, stride bytes apart */
-INLINE void amx_scores(const char *keys, int64_t stride, const uint16_t *q, int64_t dim, vf *scores) {
-    _tile_zero(0);
-    for (int64_t i = 0; i < dim; i += 32) {
-        _tile_loadd(1, keys + i * 2, stride);
-        _tile_loadd(2, q + i * 16, 64);
-        _tile_dpbf16ps(0, 1, 2);
+/* The result of a head whose context is one chunk, else what `merge` needs. */
+INLINE void finish(const Decode *p, const Task *t, int64_t index, int64_t slot, const vf *sums, float most,
+                   float total) {
+    int64_t dim = p->head_dim;
+    if (p->lengths[t->entry] <= CHUNK) {
+        int64_t at = (p->tokens[t->entry] * p->heads + t->first + slot) * dim;
+        for (int64_t i = 0; i < dim; i += 16) store_as(p->out, at + i, sums[i / 16] * SPREAD(1 / total), p->dtype);
+        return;
     }
-    _tile_stored(0, scores, 64);
+    float *part = p->parts + (index * p->split + slot) * (dim + 2);
+    memcpy(part, sums, dim * 4);
+    part[dim] = most;
+    part[dim + 1] = total;
 }
-#endif
 
 /* sums = keep * sums + scores^T @ values, for one head: registers hold 4 * 16 elements of it at a time */
 INLINE void add_values(vf *sums, float keep, const vf *scores, int64_t g, const vf values[][MAX_DIM / 16], int64_t count,
@@ -97,12 +99,9 @@ INLINE void prefetch(const Decode *p, int64_t entry, int64_t at, int64_t head, i
 
 /* dim and dtype are constants for the usual ones */
 INLINE void decode(const Decode *p, int64_t index, int64_t dim, int dtype) {
-    int64_t entry = p->task_entry[index], head = index / p->splits % p->kv_heads;
-    int64_t first = index % p->splits * p->split, left = p->heads / p->kv_heads - first;
-    int64_t group = left < p->split ? left : p->split, size = dtype == BFLOAT16 ? 2 : 4;
-    int64_t begin = (int64_t)p->task_chunk[index] * CHUNK, length = p->lengths[entry];
-    int64_t end = begin + CHUNK < length ? begin + CHUNK : length;
-    const char *q = (const char *)p->q + (p->tokens[entry] * p->q_stride + (p->heads / p->kv_heads * head + first) * dim) * size;
+    Task task = task_at(p, index);
+    int64_t group = task.heads, head = task.first / (p->heads / p->kv_heads), size = dtype == BFLOAT16 ? 2 : 4;
+    const char *q = (const char *)p->q + (p->tokens[task.entry] * p->q_stride + task.first * dim) * size;
     vf queries[MAX_GROUP][MAX_DIM / 16], sums[MAX_GROUP][MAX_DIM / 16], values[BLOCK][MAX_DIM / 16], scores[BLOCK];
     vf most = SPREAD(-INFINITY), total = {}, scale = SPREAD(p->scale);
     int64_t lanes = dim / 16;
@@ -111,34 +110,23 @@ INLINE void decode(const Decode *p, int64_t index, int64_t dim, int dtype) {
             queries[g][i] = load_as_f(q, g * dim + i * 16, dtype);
             sums[g][i] = (vf){};
         }
-#ifdef __AMX_BF16__
-    uint16_t spread[MAX_DIM * 16] __attribute__((aligned(64)));
-    int amx = p->use_amx && p->page_size % BLOCK == 0;
-    if (amx) {
-        spread_q((const uint16_t *)q, group, dim, spread);
-        configure();
-    }
-#endif
-    for (int64_t at = begin; at < end; at += BLOCK) {
-        int64_t count = end - at < BLOCK ? end - at : BLOCK;
+    for (int64_t at = task.begin; at < task.end; at += BLOCK) {
+        int64_t count = task.end - at < BLOCK ? task.end - at : BLOCK;
         const char *keys[BLOCK];
-        keys[0] = key_at(p, entry, at, head, size);
+        keys[0] = key_at(p, task.entry, at, head, size);
         for (int64_t t = 1; t < count; t++)
-            keys[t] = (at + t) % p->page_size ? keys[t - 1] + p->kv_heads * dim * size : key_at(p, entry, at + t, head, size);
-#ifdef __AMX_BF16__
-        if (amx) amx_scores(keys[0], p->kv_heads * dim * size, spread, dim, scores);
-        else
-#endif
-            for (int64_t t = 0; t < count; t++) {
-                float dots[MAX_GROUP] = {0};
-                for (int64_t g = 0; g < group; g++) {
-                    vf dot = {};
-                    for (int64_t i = 0; i < lanes; i++) dot += queries[g][i] * load_as_f(keys[t], i * 16, dtype);
-                    dots[g] = sum_f(dot);
-                }
-                scores[t] = load_f(dots);
+            keys[t] = (at + t) % p->page_size ? keys[t - 1] + p->kv_heads * dim * size
+                                              : key_at(p, task.entry, at + t, head, size);
+        for (int64_t t = 0; t < count; t++) {
+            float dots[MAX_GROUP] = {0};
+            for (int64_t g = 0; g < group; g++) {
+                vf dot = {};
+                for (int64_t i = 0; i < lanes; i++) dot += queries[g][i] * load_as_f(keys[t], i * 16, dtype);
+                dots[g] = sum_f(dot);
             }
-        if (at + BLOCK < end) prefetch(p, entry, at + BLOCK, head, dim * size);
+            scores[t] = load_f(dots);
+        }
+        if (at + BLOCK < task.end) prefetch(p, task.entry, at + BLOCK, head, dim * size);
         vf now = most;
         for (int64_t t = 0; t < count; t++) now = max_v(now, scores[t] * scale);
         vf keep = exp_v(most - now);
@@ -152,19 +140,157 @@ INLINE void decode(const Decode *p, int64_t index, int64_t dim, int dtype) {
         most = now;
         for (int64_t g = 0; g < group; g++) add_values(sums[g], keep[g], scores, g, values, count, lanes);
     }
+    for (int64_t g = 0; g < group; g++) finish(p, &task, index, g, sums[g], most[g], total[g]);
+}
+
 #ifdef __AMX_BF16__
-    if (amx) _tile_release();
-#endif
-    float *part = p->parts + index * p->split * (dim + 2);
-    for (int64_t g = 0; g < group; g++, part += dim + 2) {
-        memcpy(part, sums[g], dim * 4);
-        part[dim] = most[g];
-        part[dim + 1] = total[g];
+typedef struct { uint8_t palette, start, zero[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } TileConfig;
+
+static void configure(void) {
+    TileConfig c = {.palette = 1};
+    for (int i = 0; i < 8; i++) c.row_bytes[i] = 64, c.rows[i] = 16;
+    __asm__ volatile("" : : "r"(&c) : "memory");
+    _tile_loadconfig(&c);
+}
+
+/* rows and columns of 16 x 16 numbers of 32 bits change places */
+INLINE void transpose(const vu *from, vu *to) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32((__m512i)from[i], (__m512i)from[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32((__m512i)from[i], (__m512i)from[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
+            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) { /* b[4 * n + i]: lanes i, i + 4, ... of rows 4n to 4n + 3 */
+        __m512i low = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), high = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+        __m512i low2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
+        __m512i high2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+        to[i] = (vu)_mm512_shuffle_i32x4(low, low2, 0x88);
+        to[8 + i] = (vu)_mm512_shuffle_i32x4(low, low2, 0xdd);
+        to[4 + i] = (vu)_mm512_shuffle_i32x4(high, high2, 0x88);
+        to[12 + i] = (vu)_mm512_shuffle_i32x4(high, high2, 0xdd);
     }
 }
 
+/* Keys of BLOCK positions and their values: `wide` bytes of each. */
+INLINE void fetch(const Decode *p, const char *keys, int64_t stride, int64_t wide) {
+    const char *values = keys + p->page_size * stride;
+    for (int64_t t = 0; t < BLOCK; t++)
+        for (int64_t i = 0; i < wide; i += 64) {
+            _mm_prefetch(keys + t * stride + i, _MM_HINT_T0);
+            _mm_prefetch(values + t * stride + i, _MM_HINT_T1);
+        }
+}
+
+/* The weights of all positions, exp(score - largest), rounded to bfloat16, as AMX wants its first operand: for each
+32 positions [16 heads][32]. Returns their sums and the largest scores by head. */
+INLINE vf weigh(const vf *scores, int64_t count, float scale, vu *weights, vf *most) {
+    vf largest = SPREAD(-INFINITY), total = {};
+    for (int64_t t = 0; t < count; t++) largest = max_v(largest, scores[t]);
+    *most = largest * SPREAD(scale);
+    for (int64_t t = 0; t < count; t += 32, weights += 16) {
+        vu pairs[16];
+        for (int64_t i = 0; i < 16; i++) {
+            vu each[2];
+            for (int64_t j = 0; j < 2; j++) {
+                int64_t at = t + 2 * i + j;
+                each[j] = (vu){};
+                if (at < count) each[j] = round_bf16(exp_v((scores[at] - largest) * SPREAD(scale))) & 0xffff0000;
+                total += (vf)each[j];
+            }
+            pairs[i] = each[0] >> 16 | each[1];
+        }
+        transpose(pairs, weights);
+    }
+    return total;
+}
+
+/* sums[head][i] += weights @ values over all positions, for up to 64 elements of a K/V head from `start` bytes on. */
+INLINE void amx_values(const Decode *p, const char *const *keys, int64_t start, int64_t tiles, int64_t count,
+                       const vu *weights, vf sums[][4]) {
+    int64_t stride = p->kv_heads * p->head_dim * 2, behind = p->page_size * stride + start;
+    static const uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    __m512i first = _mm512_loadu_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    __m512i values[4][16]; /* [elements of 16][pairs of positions][16][2] */
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (int64_t t = 0; t < count; t += 32, weights += 16) {
+        for (int64_t i = 0; i < 16; i++) {
+            int64_t at = t + 2 * i;
+            const char *from = keys[at / BLOCK] + behind + at % BLOCK * stride;
+            for (int64_t n = 0; n < tiles; n += 2) {
+                __m512i zero = _mm512_setzero_si512(); /* beyond the end there may be anything, NaN as well */
+                __m512i a = at < count ? _mm512_loadu_si512(from + n * 32) : zero;
+                __m512i b = at + 1 < count ? _mm512_loadu_si512(from + stride + n * 32) : zero;
+                values[n][i] = _mm512_permutex2var_epi16(a, first, b);
+                values[n + 1][i] = _mm512_permutex2var_epi16(a, second, b);
+            }
+        }
+        _tile_loadd(4, weights, 64);
+        _tile_loadd(5, values[0], 64); _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, values[1], 64); _tile_dpbf16ps(1, 4, 6);
+        if (tiles == 2) continue;
+        _tile_loadd(5, values[2], 64); _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(6, values[3], 64); _tile_dpbf16ps(3, 4, 6);
+    }
+    _tile_stored(0, &sums[0][0], 256); _tile_stored(1, &sums[0][1], 256);
+    _tile_stored(2, &sums[0][2], 256); _tile_stored(3, &sums[0][3], 256);
+}
+
+INLINE void amx_decode(const Decode *p, int64_t index, int64_t dim) {
+    Task task = task_at(p, index);
+    int64_t group = p->heads / p->kv_heads, head = task.first / group, count = task.end - task.begin;
+    int64_t kv_heads = (task.first + task.heads - 1) / group - head + 1, stride = p->kv_heads * dim * 2;
+    const uint16_t *q = (const uint16_t *)p->q + p->tokens[task.entry] * p->q_stride + task.first * dim;
+    vu queries[MAX_GROUP][MAX_DIM / 2], rows[16]; /* as AMX wants its second operand: [head_dim / 2][16 heads][2] */
+    const char *keys[CHUNK / BLOCK + 1];
+    vf scores[CHUNK], most, sums[MAX_GROUP][MAX_DIM / 16], some[16][4];
+    vu weights[CHUNK / 2];
+    for (int64_t j = 0; j < kv_heads; j++)
+        for (int64_t i = 0; i < dim; i += 32) {
+            for (int64_t h = 0; h < 16; h++)
+                rows[h] = h < task.heads && (task.first + h) / group - head == j ? load_u(q + h * dim + i) : (vu){};
+            transpose(rows, queries[j] + i / 2);
+        }
+    configure();
+    for (int64_t b = 0; b * BLOCK < count; b++) keys[b] = key_at(p, task.entry, task.begin + b * BLOCK, head, 2);
+    keys[(count + BLOCK - 1) / BLOCK] = keys[0]; /* of which nothing is read */
+    for (int64_t b = 0; b * BLOCK < count; b++) {
+        if ((b + 1) * BLOCK < count) fetch(p, keys[b + 1], stride, kv_heads * dim * 2);
+        _tile_zero(0);
+        for (int64_t j = 0; j < kv_heads; j++)
+            for (int64_t i = 0; i < dim; i += 32) {
+                _tile_loadd(4, keys[b] + (j * dim + i) * 2, stride);
+                _tile_loadd(5, queries[j] + i / 2, 64);
+                _tile_dpbf16ps(0, 4, 5);
+            }
+        _tile_stored(0, scores + b * BLOCK, 64);
+    }
+    vf total = weigh(scores, count, p->scale, weights, &most);
+    for (int64_t j = 0; j < kv_heads; j++)
+        for (int64_t i = 0; i < dim; i += 64) {
+            int64_t tiles = dim - i < 64 ? 2 : 4;
+            amx_values(p, keys, (j * dim + i) * 2, tiles, count, weights, some);
+            for (int64_t h = 0; h < task.heads; h++)
+                if ((task.first + h) / group - head == j) memcpy(&sums[h][i / 16], some[h], tiles * 64);
+        }
+    _tile_release();
+    for (int64_t h = 0; h < task.heads; h++) finish(p, &task, index, h, sums[h], most[h], total[h]);
+}
+#endif
+
 static void decode_task(void *argument, int64_t index) {
     const Decode *p = argument;
+#ifdef __AMX_BF16__
+    if (p->use_amx && p->head_dim == 64) amx_decode(p, index, 64);
+    else if (p->use_amx && p->head_dim == 128) amx_decode(p, index, 128);
+    else if (p->use_amx) amx_decode(p, index, p->head_dim);
+    else
+#endif
     if (p->dtype == BFLOAT16 && p->head_dim == 64) decode(p, index, 64, BFLOAT16);
     else if (p->dtype == BFLOAT16 && p->head_dim == 128) decode(p, index, 128, BFLOAT16);
     else decode(p, index, p->head_dim, p->dtype);
@@ -172,11 +298,11 @@ static void decode_task(void *argument, int64_t index) {
 
 /* Puts the parts of one token together, whose first task is this one. */
 static void merge(const Decode *p, int64_t entry, int64_t task, int64_t chunks) {
-    int64_t dim = p->head_dim, group = p->heads / p->kv_heads, width = dim + 2;
+    int64_t dim = p->head_dim, wide = p->bundle * (p->heads / p->kv_heads), width = dim + 2;
+    int64_t step = p->tasks_per_chunk * p->split * width;
     for (int64_t h = 0; h < p->heads; h++) {
-        int64_t first = task + h / group * p->splits + h % group / p->split;
-        const float *part = p->parts + (first * p->split + h % group % p->split) * width;
-        int64_t step = p->kv_heads * p->splits * p->split * width;
+        int64_t first = task + h / wide * p->splits + h % wide / p->split;
+        const float *part = p->parts + (first * p->split + h % wide % p->split) * width;
         float most = -INFINITY, total = 0, weights[chunks];
         for (int64_t c = 0; c < chunks; c++) most = fmaxf(most, part[c * step + dim]);
         for (int64_t c = 0; c < chunks; c++) {
@@ -186,28 +312,34 @@ static void merge(const Decode *p, int64_t entry, int64_t task, int64_t chunks) 
         for (int64_t i = 0; i < dim; i += 16) {
             vf sum = {};
             for (int64_t c = 0; c < chunks; c++) sum += load_f(part + c * step + i) * SPREAD(weights[c]);
-            store_as(p->out, p->tokens[entry] * p->heads * dim + h * dim + i, sum / SPREAD(total), p->dtype);
+            store_as(p->out, p->tokens[entry] * p->heads * dim + h * dim + i, sum * SPREAD(1 / total), p->dtype);
         }
     }
 }
 
+INLINE int64_t num_chunks(const Decode *p, int64_t entry) { return (p->lengths[entry] + CHUNK - 1) / CHUNK; }
+
 /* Divides the work and does it; lengths and the table are read now. */
 static int32_t run_decode(const void *argument) {
     Decode p = *(const Decode *)argument;
-    int64_t tasks = 0, heads = p.kv_heads * p.splits;
-    for (int64_t i = 0; i < p.count; i++) tasks += (p.lengths[i] + CHUNK - 1) / CHUNK * heads;
+    int64_t group = p.heads / p.kv_heads, chunks = 0;
+    for (int64_t i = 0; i < p.count; i++) chunks += num_chunks(&p, i);
+    p.bundle = p.use_amx && group < MAX_GROUP ? MAX_GROUP / group : 1;
+    p.split = p.bundle * group < MAX_GROUP ? p.bundle * group : MAX_GROUP;
+    p.splits = (p.bundle * group + p.split - 1) / p.split;
+    p.tasks_per_chunk = (p.kv_heads + p.bundle - 1) / p.bundle * p.splits;
+    int64_t tasks = chunks * p.tasks_per_chunk;
     char *room = malloc(tasks * (8 + p.split * (p.head_dim + 2) * 4) + 64);
     if (!room) return 1;
     int32_t *entry = (int32_t *)room, *chunk = entry + tasks, *at = entry;
     for (int64_t i = 0; i < p.count; i++)
-        for (int64_t c = 0; c < (p.lengths[i] + CHUNK - 1) / CHUNK; c++)
-            for (int64_t h = 0; h < heads; h++, at++) *at = (int32_t)i, at[tasks] = (int32_t)c;
+        for (int64_t c = 0; c < num_chunks(&p, i); c++)
+            for (int64_t h = 0; h < p.tasks_per_chunk; h++, at++) *at = (int32_t)i, at[tasks] = (int32_t)c;
     p.task_entry = entry, p.task_chunk = chunk, p.parts = (float *)(room + (tasks * 8 + 63) / 64 * 64);
     crane_parallel(decode_task, &p, tasks);
     for (int64_t i = 0, task = 0; i < p.count; i++) {
-        int64_t chunks = (p.lengths[i] + CHUNK - 1) / CHUNK;
-        merge(&p, i, task, chunks);
-        task += chunks * heads;
+        if (num_chunks(&p, i) > 1) merge(&p, i, task, num_chunks(&p, i));
+        task += num_chunks(&p, i) * p.tasks_per_chunk;
     }
     free(room);
     return 0;
@@ -219,12 +351,11 @@ int32_t crane_decode(const void *q, void *out, const void *kv, const int64_t *to
                      const int64_t *lengths, const int64_t *table, int64_t count, int64_t table_width,
                      int64_t q_stride, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t page_size,
                      int64_t num_layers, int64_t layer, float scale, int32_t dtype) {
-    int64_t group = heads / kv_heads, split = group < MAX_GROUP ? group : MAX_GROUP;
     Decode p = {.q = q, .out = out, .kv = kv, .tokens = tokens, .table_rows = table_rows, .lengths = lengths,
                 .table = table, .count = count, .table_width = table_width, .q_stride = q_stride, .heads = heads,
                 .kv_heads = kv_heads, .head_dim = head_dim, .page_size = page_size,
                 .page_stride = 2 * num_layers * page_size, .layer_start = 2 * layer * page_size, .scale = scale,
-                .dtype = dtype, .use_amx = dtype == BFLOAT16 && head_dim % 32 == 0 && crane_has_amx(),
-                .split = split, .splits = (group + split - 1) / split};
+                .dtype = dtype, .use_amx = dtype == BFLOAT16 && head_dim % 32 == 0 && page_size % BLOCK == 0 &&
+                                           crane_has_amx()};
     return crane_call("attention", run_decode, &p, sizeof p);
 }
