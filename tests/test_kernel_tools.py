@@ -106,7 +106,8 @@ def gpu_check(*arguments):
 
 def test_gpu_check_goes_through_its_steps_and_sums_them_up(tmp_path):
     done = gpu_check("--device", "cpu", "--tiny", "--replays", "2", "--only", "check,kernels",
-                     "--kernels", "rms_norm silu_mul", "--out", str(tmp_path / "out"))  # fmt: skip
+                     "--kernels", "sample log_probabilities gguf_dequantize",
+                     "--out", str(tmp_path / "out"))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert "check: ok" in summary and "kernels: ok" in summary and "FAILED" not in summary

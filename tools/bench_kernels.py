@@ -207,14 +207,15 @@ def torch_way(kernel: Kernel, copies: list[dict]):
     return kernel.reference, copies
 
 
-def sort_and_draw(logits, *, temperature, top_k, top_p, min_p, uniform):
-    """Top-k, top-p and min-p as most samplers in torch do them: by sorting the whole row."""
-    ordered, ids = (logits / temperature.clamp(min=1e-5)[:, None]).sort(dim=1, descending=True)
+def sort_and_draw(logits, draws, changes):
+    """Top-k, top-p and min-p as most samplers in torch do them: by sorting the whole row. Without the changes."""
+    ordered, ids = (logits / draws.temperature.clamp(min=1e-5)[:, None]).sort(dim=1, descending=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
-    limit = torch.where(top_k == 0, logits.shape[1], top_k)[:, None]
+    limit = torch.where(draws.top_k == 0, logits.shape[1], draws.top_k)[:, None]
     probabilities = ordered.masked_fill(rank >= limit, -torch.inf).softmax(1)
     sums = probabilities.cumsum(1)
-    kept = (sums - probabilities < top_p[:, None]) & (probabilities >= min_p[:, None] * probabilities[:, :1])
+    kept = sums - probabilities < draws.top_p[:, None]
+    kept &= probabilities >= draws.min_p[:, None] * probabilities[:, :1]
     return ids.gather(1, (probabilities * kept).multinomial(1))
 
 

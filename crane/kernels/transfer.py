@@ -19,19 +19,31 @@ def upload(values: list | np.ndarray, dtype: torch.dtype, device: torch.device |
 
 
 def upload_all(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """These arrays on the device, in one copy. On the CPU they share their memory."""
-    if device.type != "cuda":
-        tensors = list(map(torch.from_numpy, arrays))
-        return tensors if device.type == "cpu" else [tensor.to(device) for tensor in tensors]
+    """These arrays on the device, a CUDA GPU, in one copy; or on the CPU, where they share their memory."""
+    if device.type == "cpu":
+        return list(map(torch.from_numpy, arrays))
+    return _unpack(_pack(arrays, pin_memory=True).to(device, non_blocking=True), arrays)
+
+
+def _starts(arrays: list[np.ndarray]) -> list[int]:
+    """Where each array's bytes start in the parcel of all, and where it ends."""
     # kernels are compiled for addresses that are multiples of 16
-    ends = list(itertools.accumulate(-(-array.nbytes // 16) * 16 for array in arrays))
-    host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
-    starts = [0, *ends[:-1]]
-    for array, start in zip(arrays, starts):
-        host.numpy()[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-    parcel = host.to(device, non_blocking=True)
+    return list(itertools.accumulate((-(-array.nbytes // 16) * 16 for array in arrays), initial=0))
+
+
+def _pack(arrays: list[np.ndarray], pin_memory: bool) -> Tensor:
+    """All of them in one tensor: uint8 [num_bytes]."""
+    *starts, size = _starts(arrays)
+    parcel = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
+    for array, start in zip(arrays, starts, strict=True):
+        parcel.numpy()[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    return parcel
+
+
+def _unpack(parcel: Tensor, arrays: list[np.ndarray]) -> list[Tensor]:
+    """Views of the parcel, wherever it is, with the arrays' types and shapes."""
     return [parcel[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
-            for array, start in zip(arrays, starts)]  # fmt: skip
+            for array, start in zip(arrays, _starts(arrays))]  # fmt: skip
 
 
 def download(tensor: Tensor) -> Tensor:

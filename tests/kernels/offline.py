@@ -1,6 +1,7 @@
 """Compile what production would launch, for GPUs that are not here, and look at the machine code.
 
     python -m tests.kernels.offline [--arch 80 90 100 gfx942] [--kernel NAME ...] [--update]
+    python -m tests.kernels.offline --arch 80 90 --markdown > docs/kernels.md
 
 Every production case is launched on tensors without memory, with a stand-in for Triton's driver: the launch chooses
 tiles, number types and alignments as on the GPU it is told of, Triton compiles, nothing runs. Prints a line per
@@ -204,17 +205,73 @@ def compile_all(architectures: list[str], names: list[str]) -> Iterator[Variant]
             yield from found
 
 
+def markdown(found: list[Variant]) -> str:
+    """docs/kernels.md: every kernel with its cases and tolerances, and what was compiled for each architecture."""
+    import torch
+
+    from crane.kernels import lang
+    from tests.kernels.cases import all_kernels
+
+    def dtypes(case) -> str:
+        own = "" if case.dtypes == lang.FLOATS else ", ".join(str(dtype)[6:] for dtype in case.dtypes)
+        return " (" + "; ".join(filter(None, (own, f"{case.tolerance:g}" if case.tolerance else ""))) + ")"
+
+    lines = [
+        "# Triton kernels, proven without a GPU",
+        "",
+        "Printed by `python -m tests.kernels.offline --arch 80 90 --markdown`. No GPU has run any of it: nothing here "
+        "is a time or a speed.",
+        "",
+        "## Cases",
+        "",
+        "Each runs under Triton's interpreter against the torch reference in float64, with NaN around its arguments "
+        "and in unused memory, in bfloat16, float16 and float32 unless it says otherwise. An error is relative to the "
+        "value plus the mean size of all.",
+        "",
+        "| kernel | tolerance, bfloat16 / float16 / float32 | cases |",
+        "|---|---|---|",
+    ]
+    for kernel in all_kernels():
+        limits = " / ".join(f"{kernel.tolerances[dtype]:g}" for dtype in (torch.bfloat16, torch.float16, torch.float32))
+        cases = (f"{case.name}{dtypes(case).replace(' ()', '')}" for case in kernel.cases if not case.production)
+        lines.append(f"| `{kernel.name}` | {limits} | {'; '.join(cases) or 'none of its own: it plans'} |")
+    architectures = list(dict.fromkeys(variant.arch for variant in found))
+    lines += [
+        "",
+        "## Compiled code",
+        "",
+        "What production launches, compiled for each architecture: registers of a thread, bytes of shared memory of a "
+        "program, spilled (must be 0), lane instructions of the main loop per element (of the whole program where the "
+        "work is outside of loops).",
+        "",
+        "| kernel | case | type | function | " + " | ".join(f"sm_{arch}" for arch in architectures) + " |",
+        "|---|---|---|---|" + "---|" * len(architectures),
+    ]
+    rows: dict[str, dict[str, Variant]] = {}
+    for variant in found:
+        rows.setdefault(variant.key, {})[variant.arch] = variant
+    for key, row in rows.items():
+        cells = [f"{v.registers}, {v.shared}, {v.spills}, {v.per_element:.2f}" if (v := row.get(arch)) else "-"
+                 for arch in architectures]  # fmt: skip
+        lines.append(f"| {key} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.kernels.offline", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--kernel", nargs="+", default=[], help="these only")
     parser.add_argument("--update", action="store_true", help="write ratchet.json")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+    parser.add_argument("--markdown", action="store_true", help="print docs/kernels.md instead of a table")
     options = parser.parse_args()
     found = []
     for variant in compile_all(options.arch, options.kernel):
-        print(json.dumps(asdict(variant)) if options.json else variant)
+        if not options.markdown:
+            print(json.dumps(asdict(variant)) if options.json else variant)
         found.append(variant)
+    if options.markdown:
+        print(markdown(found))
     if options.update:
         kept = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
         for arch in options.arch:

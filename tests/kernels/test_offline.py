@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from tests.kernels.cases import all_kernels  # noqa: E402
 from tests.kernels.offline import ARCHITECTURES, RATCHET, SHARED_LIMIT, Variant, main_loop  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,25 @@ def test_instructions_per_element_do_not_grow(variants, arch):
     ours = {variant.key: variant.per_element for variant in variants if variant.arch == arch}
     assert ours.keys() == kept.keys(), "run python -m tests.kernels.offline --update"
     assert {key: (kept[key], now) for key, now in ours.items() if now > SLACK * kept[key]} == {}
+
+
+def test_the_document_says_what_is_compiled_now():
+    """Else: python -m tests.kernels.offline --arch 80 90 --markdown > docs/kernels.md"""
+    lines = (ROOT / "docs" / "kernels.md").read_text().splitlines()
+    names, *architectures = [cell.strip() for cell in next(line for line in lines if "sm_" in line).split("|")[4:-1]]
+    assert (names, architectures) == ("function", ["sm_80", "sm_90"])
+    written = {arch: {} for arch in ("80", "90")}
+    for line in lines:
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        for arch, cell in zip(written, cells[4:]):
+            if len(numbers := cell.split(", ")) == 4:
+                written[arch][" | ".join(cells[:4])] = float(numbers[3])
+    kept = json.loads(RATCHET.read_text())
+    for arch, found in written.items():
+        assert found.keys() == kept[arch].keys()
+        assert {key for key, value in found.items() if abs(value - kept[arch][key]) > 0.02 * value + 0.006} == set()
+    cases = {line.split("`")[1] for line in lines if line.startswith("| `")}
+    assert cases == {kernel.name for kernel in all_kernels()}
 
 
 def by_function(variants, arch, function, **fields):
