@@ -34,12 +34,13 @@ INLINE __m512i widen_pair(vu quad, int pair, int bits, const vf *scale, const vf
     return (__m512i)_mm512_cvtne2ps_pbh((__m512)half[1], (__m512)half[0]);
 }
 
-/* One tile of a panel in bfloat16, [16 pairs of columns][16 rows][2]. */
-INLINE void widen_tile(const uint8_t *from, float shift, uint8_t *to, int bits, int groups, int has_offset) {
+/* One tile of a panel in bfloat16, [16 pairs of columns][16 rows][2]. next: as `ahead` gives it. */
+INLINE void widen_tile(const uint8_t *from, int64_t next, float shift, uint8_t *to, int bits, int groups,
+                       int has_offset) {
     const float unit = bits == 8 ? 16384 : 64; /* 2 + code / unit is what widen_pair makes of a code */
     const vi lanes = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
     Tile t;
-    fetch(from, tile_size(bits, groups, has_offset));
+    fetch(from + next, tile_size(bits, groups, has_offset));
     unpack(from, bits, groups, has_offset, shift, &t);
     for (int i = 0; i < 8; i++) {
         vf each = t.scale[i * groups / 8] * SPREAD(unit);
@@ -92,10 +93,14 @@ static void multiply_panels(const Product *p, const uint8_t *tiles, int64_t firs
         int both = i + 1 < count;
         const uint8_t *a = tiles + i * panel_bytes, *b = both ? a + panel_bytes : a;
         clear_sums();
-        if (rows > 16)
-            for (int64_t k = 0; k < columns; k += TILE) multiply(x + k, columns * 2, 32, a + k * 32, b + k * 32);
-        else
-            for (int64_t k = 0; k < columns; k += TILE) multiply(x + k, columns * 2, 16, a + k * 32, b + k * 32);
+        for (int64_t k = 0; k < columns; k += TILE) {
+            if (rows <= 16) { /* with more, memory is not what takes time */
+                int64_t next = k * 32 + ahead(k / TILE, columns / TILE, 2, 1024);
+                fetch(a + next, 1024);
+                fetch(b + next, 1024);
+            }
+            multiply(x + k, columns * 2, rows, a + k * 32, b + k * 32);
+        }
         store_sums(p, first + i, both, row, rows);
     }
 }
@@ -111,8 +116,9 @@ INLINE void widen_and_multiply(const Product *p, int64_t panel, int both, int ro
     clear_sums();
     for (int64_t k = 0; k < columns; k += TILE, a += step, b += step) {
         uint8_t (*to)[1024] = wide[k / TILE % 2];
-        widen_tile(a, w->shift, to[0], bits, groups, has_offset);
-        widen_tile(b, w->shift, to[1], bits, groups, has_offset);
+        int64_t next = ahead(k / TILE, num_tiles(w), 2, step);
+        widen_tile(a, next, w->shift, to[0], bits, groups, has_offset);
+        widen_tile(b, next, w->shift, to[1], bits, groups, has_offset);
         multiply(x + k, columns * 2, rows, to[0], to[1]);
     }
     store_sums(p, panel, both, 0, rows);
@@ -122,7 +128,8 @@ INLINE void widen_panel(const Weight *w, int64_t panel, uint8_t *to, int bits, i
     int64_t step = tile_size(bits, groups, has_offset);
     const uint8_t *from = w->panels + panel * num_tiles(w) * step;
     for (int64_t tile = 0; tile < num_tiles(w); tile++)
-        widen_tile(from + tile * step, w->shift, to + tile * 1024, bits, groups, has_offset);
+        widen_tile(from + tile * step, ahead(tile, num_tiles(w), 1, step), w->shift, to + tile * 1024, bits, groups,
+                   has_offset);
 }
 
 #define KIND(bits, groups, has_offset)                                                                            \

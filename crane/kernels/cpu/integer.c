@@ -79,10 +79,11 @@ INLINE void integer_panels(const Product *p, int64_t panel, int64_t row, int cou
     const Round *round = p->rounds + row;
     vf sum[MAX_ROWS * MOST_WIDE];
     for (int i = 0; i < count * wide; i++) sum[i] = (vf){};
-    for (int64_t tile = 0; tile < tiles; tile++, q += p->num_rows * TILE, round += p->num_rows)
+    for (int64_t tile = 0; tile < tiles; tile++, q += p->num_rows * TILE, round += p->num_rows) {
+        int64_t next = ahead(tile, tiles, wide, step);
         for (int i = 0; i < wide; i++) {
             Tile t;
-            fetch(from[i], step);
+            fetch(from[i] + next, step);
             unpack(from[i], bits, groups, has_offset, 0, &t);
             from[i] += step;
             for (int r = 0; r < count; r++)
@@ -95,6 +96,7 @@ INLINE void integer_panels(const Product *p, int64_t panel, int64_t row, int cou
                     if (has_offset) *to += t.offset[g] * SPREAD(round[r].sum[g]);
                 }
         }
+    }
     for (int i = 0; i < wide && panel + i <= last; i++)
         for (int r = 0; r < count; r++) finish(p, row + r, panel + i, sum[r * wide + i]);
 }

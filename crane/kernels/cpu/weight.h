@@ -35,9 +35,13 @@ INLINE int64_t tile_bytes(const Weight *w) {
 INLINE int64_t num_tiles(const Weight *w) { return w->num_columns / TILE; }
 INLINE int64_t num_panels(const Weight *w) { return (w->num_rows + LANES - 1) / LANES; }
 
-/* What a panel has AHEAD, so many bytes of it. */
-INLINE void fetch(const uint8_t *panel, int64_t bytes) {
-    for (int line = 0; line < bytes; line += 64) _mm_prefetch((const char *)panel + AHEAD + line, _MM_HINT_T0);
+/* Where the tile is that shall be fetched while `tile` is used, counted from it: tiles ahead, and past the panel's end
+in the panel that is read next, `wide` further on. size: bytes of a tile. */
+INLINE int64_t ahead(int64_t tile, int64_t tiles, int wide, int64_t size) {
+    return AHEAD / size * size + (tile + AHEAD / size < tiles ? 0 : (wide - 1) * tiles * size);
+}
+INLINE void fetch(const uint8_t *tile, int64_t size) {
+    for (int line = 0; line < size; line += 64) _mm_prefetch((const char *)tile + line, _MM_HINT_T0);
 }
 
 /* A tile in registers. */
