@@ -44,7 +44,15 @@ def test_a_peer_is_measured_beside_it_and_compared(model, capsys):
     assert low <= row["decode ratio"] <= high
 
 
+def test_other_settings_are_measured_beside_those_given(model, capsys):
+    arguments = ["--batch", "2", "--context", "16", "--tokens", "4", "--rounds", "1", "--set", "overlap=on"]
+    assert main(["--model-path", model, *arguments, "--vs", "crane=overlap=off,page_size=32"]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]
+    assert row["crane:overlap=off,page_size=32 decode tok/s"] > 0 and row["decode ratio"] > 0
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
+    (["--vs", "crane=pages=3"], "there is no setting 'pages'"),
     (["--vs", "ollama"], "--vs must be one of llama.cpp, vllm, transformers, got 'ollama'"),
     (["--vs", "llama.cpp=/nowhere"], "there is no /nowhere"),
     (["--batch", "1,x"], "--batch must be whole numbers above 0"),

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can prove, in one go, on a machine that has Python, torch, Triton and transformers and
-# can download nothing. Results go into a folder: kernels.txt, tuning.json, decode-*.json, summary.txt.
+# can download nothing. Results go into a folder: kernels.txt, tuning.json, decode-*.json, overlap-*.json, summary.txt.
 #
-#   tools/gpu_check.sh [--out FOLDER] [--packages FOLDER] [--replays 1000] [--only check,tune,kernels,decode] [--kernels NAMES]
+#   tools/gpu_check.sh [--out FOLDER] [--packages FOLDER] [--replays 1000] [--only check,tune,kernels,decode,overlap] [--kernels NAMES]
 #   tools/gpu_check.sh --device cpu --tiny        the same steps on a CPU, on small shapes: does the script work?
 #
 # --packages: a folder made where there is a network, for what the machine lacks of requirements.txt:
@@ -10,7 +10,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=gpu-check packages="" replays=1000 device=cuda tiny="" only=check,tune,kernels,decode kernels=""
+out=gpu-check packages="" replays=1000 device=cuda tiny="" only=check,tune,kernels,decode,overlap kernels=""
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$2; shift ;;
@@ -69,13 +69,16 @@ step kernels "$python" tools/bench_kernels.py $kernels --device "$device" --size
   --plot "$out/roofline.png"
 for model in $models; do
   folder="$out/models/$model"
-  case ",$only," in *,decode,*) "$python" tools/random_model.py "$model" "$folder" || failed="$failed $model" ;; esac
+  case ",$only," in *,decode,* | *,overlap,*) "$python" tools/random_model.py "$model" "$folder" || failed="$failed $model" ;; esac
   peer=(--vs transformers)
   "$python" -c "import transformers" 2> /dev/null || peer=()
   step "decode-$model" "$python" tools/bench_engine.py --model-path "$folder" --batch "$batches" \
     --context "$context" --tokens "$tokens" --rounds 3 --dtype "$dtype" \
     --set "max_concurrent=${batches##*,}" "${peer[@]}"
-  tail -1 "$out/decode-$model.txt" > "$out/decode-$model.json" 2> /dev/null
+  step "overlap-$model" "$python" tools/bench_engine.py --model-path "$folder" --batch "$batches" \
+    --context "$context" --tokens "$tokens" --rounds 3 --dtype "$dtype" \
+    --set "max_concurrent=${batches##*,}" --set overlap=on --vs crane=overlap=off
+  for kind in decode overlap; do tail -1 "$out/$kind-$model.txt" > "$out/$kind-$model.json" 2> /dev/null; done
   rm -rf "$folder"
 done
 

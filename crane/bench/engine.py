@@ -32,7 +32,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="compute type of peers that are told one")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of crane's engine")
     parser.add_argument("--vs", metavar="PEER[=WHERE]",
-                        help="also measure llama.cpp[=FOLDER OF ITS BINARIES], vllm[=PYTHON] or transformers[=PYTHON]")
+                        help="also measure llama.cpp[=FOLDER OF ITS BINARIES], vllm[=PYTHON], transformers[=PYTHON] or "
+                        "crane=NAME=VALUE,..., the same engine with other settings")
     parser.add_argument("--peer-model", help="the model in the peer's format, when it cannot read --model-path")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the decode speeds (needs matplotlib)")
 
@@ -64,9 +65,15 @@ def measure(options: argparse.Namespace) -> dict:
     threads = options.threads or num_cores()
     cells = [Cell(batch, context, options.tokens) for context in numbers("--context", options.context)
              for batch in numbers("--batch", options.batch)]  # fmt: skip
-    engines = [subjects.crane(options.model_path, threads, cells, _settings(options.set))]
+    settings = _settings("--set", options.set)
+    engines = [subjects.crane(options.model_path, threads, cells, settings)]
     try:
-        if options.vs:
+        if options.vs and options.vs.startswith("crane="):
+            other = options.vs.removeprefix("crane=")
+            settings |= _settings("--vs crane", other.split(","))
+            engines.append(subjects.crane(options.model_path, threads, cells, settings))
+            engines[1].name = f"crane:{other}"
+        elif options.vs:
             kind, _, where = options.vs.partition("=")
             if kind not in subjects.PEERS:
                 raise SettingsError(f"--vs must be one of {', '.join(subjects.PEERS)}, got {kind!r}")
@@ -119,7 +126,7 @@ def _decode(timing: Timing) -> float:
     return timing.decoded / max(timing.decode_s, 1e-9)
 
 
-def _settings(pairs: list[str]) -> dict:
+def _settings(flag: str, pairs: list[str]) -> dict:
     """Settings given as NAME=VALUE, checked as `crane serve` checks its flags."""
     specs = {spec.name: spec for spec in dataclasses.fields(Settings)}
     given = {}
@@ -127,6 +134,6 @@ def _settings(pairs: list[str]) -> dict:
         name, _, text = pair.partition("=")
         name = name.replace("-", "_")
         if name not in specs:
-            raise SettingsError(f"--set {pair}: there is no setting {name!r}")
-        given[name] = parse(specs[name], text, f"--set {name}")
+            raise SettingsError(f"{flag} {pair}: there is no setting {name!r}")
+        given[name] = parse(specs[name], text, f"{flag} {name}")
     return given

@@ -1,5 +1,7 @@
 """CUDA graphs of decode steps: which sizes there are, when they are made, and on a GPU that they change nothing."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -71,19 +73,21 @@ def test_what_cannot_be_captured_is_said_once_and_the_others_stay(monkeypatch, c
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_graphs_change_no_token(tmp_path):
+def test_graphs_and_overlapped_steps_change_no_token(tmp_path):
     model = str(make_tiny(tmp_path, "qwen3", head_dim=64))
     found = {}
-    for graphs in (False, True):
-        engine = Engine(Settings(model_path=model, dtype="float32", max_model_len=256, cuda_graphs=graphs))
+    for graphs, overlap in itertools.product((False, True), ("off", "auto")):
+        engine = Engine(Settings(model_path=model, dtype="float32", max_model_len=256, cuda_graphs=graphs,
+                                 overlap=overlap))
         while engine.prepare():
             pass
         assert (engine.runner.graphs.num_captured > 0) if graphs else engine.runner.graphs is None
-        tokens = found[graphs] = {}
+        tokens = found[graphs, overlap] = {}
         for place in range(5):
             sampling = SamplingParams(max_tokens=20 + 9 * place, ignore_eos=True, seed=place)
             engine.add(Generate(f"r{place}", list(range(3, 9 + 7 * place)), sampling))
         while engine.has_work:
             for output in engine.step():
                 tokens.setdefault(output.rid, []).extend(output.token_ids)
-    assert found[True] == found[False]
+        assert (engine.stats().overlap["steps_ahead"] > 20) == (overlap == "auto")
+    assert all(tokens == found[False, "off"] for tokens in found.values())
