@@ -112,26 +112,43 @@ def second_of(words, more, run: tl.constexpr, NESTED: tl.constexpr, OFFSET: tl.c
 
 
 @jit
-def runs_of(codes_ptr, high, step, place: tl.constexpr, plane, tile, known, DTYPE: tl.constexpr, BITS: tl.constexpr,
-            ZERO: tl.constexpr, UNROLL: tl.constexpr, FAST: tl.constexpr):
-    """Both runs of codes of a step, the `place`-th of UNROLL ones: two tiles of numbers of the dtype, [rows, 32].
+def step_of(codes_ptr, high_ptr, scales_ptr, more_ptr, turn, place: tl.constexpr, more, high, n, known, num_columns,
+            DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, NESTED: tl.constexpr, OFFSET: tl.constexpr,
+            UNROLL: tl.constexpr, FAST: tl.constexpr):
+    """A step of the rows n that are known: the `place`-th of the UNROLL steps of a round.
 
-    high: uint8, the step's high bits, if BITS is 5 or 6. plane: elements of one plane; tile: places in it, [rows, 32].
-    known: which rows there are.
+    Returns (words, more, high, front, back): scales, int32 [rows] each, high bits, and both runs of codes as numbers of
+    the dtype, [rows, 32]. more, high: what the round's step before returned; anything for the first.
     """
     HIGH_STEPS: tl.constexpr = 4 // (BITS - 4) if BITS > 4 and BITS < 8 else 1  # steps whose high bits share a byte
+    step = turn * UNROLL + place
+    tile = n[:, None] * 32 + tl.arange(0, 32)[None, :]
+    plane = num_columns.to(tl.int64) * 32
+    words = tl.load(scales_ptr + step * num_columns + n, mask=known, other=0)
+    if NESTED:
+        if place == 0:
+            more = tl.load(more_ptr + turn * UNROLL // 4 * num_columns + n, mask=known, other=0)
+    elif OFFSET:
+        more = tl.load(more_ptr + step * num_columns + n, mask=known, other=0)
+    else:
+        more = words
     if BITS == 8:
         at = codes_ptr + (2 * step).to(tl.int64) * plane + tile
         front = tl.load(at, mask=known[:, None], other=0).to(DTYPE)
-        return front, tl.load(at + plane, mask=known[:, None], other=0).to(DTYPE)
-    codes = tl.load(codes_ptr + step.to(tl.int64) * plane + tile, mask=known[:, None], other=0)
-    if BITS == 4:
-        return codes_of(codes, codes, 0, DTYPE, BITS, ZERO, FAST)
-    elif UNROLL % HIGH_STEPS == 0:
-        return codes_of(codes, high, place % HIGH_STEPS * (2 * (BITS - 4)), DTYPE, BITS, ZERO, FAST)
+        back = tl.load(at + plane, mask=known[:, None], other=0).to(DTYPE)
     else:
-        shifts = (step % HIGH_STEPS * (2 * (BITS - 4))).to(tl.uint8)
-        return codes_of(codes, high, shifts, DTYPE, BITS, ZERO, False)
+        if BITS > 4 and place % HIGH_STEPS == 0:
+            high_at = high_ptr + (step // HIGH_STEPS).to(tl.int64) * plane + tile
+            high = tl.load(high_at, mask=known[:, None], other=0)
+        codes = tl.load(codes_ptr + step.to(tl.int64) * plane + tile, mask=known[:, None], other=0)
+        if BITS == 4:
+            front, back = codes_of(codes, codes, 0, DTYPE, BITS, ZERO, FAST)
+        elif UNROLL % HIGH_STEPS == 0:
+            front, back = codes_of(codes, high, place % HIGH_STEPS * (2 * (BITS - 4)), DTYPE, BITS, ZERO, FAST)
+        else:
+            shifts = (step % HIGH_STEPS * (2 * (BITS - 4))).to(tl.uint8)
+            front, back = codes_of(codes, high, shifts, DTYPE, BITS, ZERO, False)
+    return words, more, high, front, back
 
 
 def uses_ptx(kind: str, dtype: torch.dtype) -> bool:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from crane.kernels.gguf_codes import runs_of, scale_of, second_of, uses_ptx
+from crane.kernels.gguf_codes import scale_of, second_of, step_of, uses_ptx
 from crane.kernels.lang import FLOATS, jit, tl
 from crane.kernels.planes import PLANE_FORMATS, STEP, Planes, dequantize_planes, random_planes
 from crane.kernels.registry import Case, kernel
@@ -41,30 +41,16 @@ def _dequantize_kernel(
     FAST: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK rows and UNROLL steps of 64 columns of the weight, [num_columns, width]. DTYPE: holds every code."""
-    HIGH_STEPS: tl.constexpr = 4 // (BITS - 4) if BITS > 4 and BITS < 8 else 0
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     known = row < num_rows
     n, j = first + row, tl.arange(0, 32)
-    tile = n[:, None] * 32 + j[None, :]
-    plane = num_columns.to(tl.int64) * 32
     turn = tl.program_id(1)
-    if NESTED:
-        more = tl.load(more_ptr + turn * UNROLL // 4 * num_columns + n, mask=known, other=0)
+    more, high = n, n
     for place in tl.static_range(UNROLL):
-        step = turn * UNROLL + place
-        words = tl.load(scales_ptr + step * num_columns + n, mask=known, other=0)
-        if OFFSET and not NESTED:
-            more = tl.load(more_ptr + step * num_columns + n, mask=known, other=0)
-        elif not NESTED:
-            more = words
-        if HIGH_STEPS > 0:
-            if place % HIGH_STEPS == 0:
-                high_at = high_ptr + (step // HIGH_STEPS).to(tl.int64) * plane + tile
-                high = tl.load(high_at, mask=known[:, None], other=0)
-        else:
-            high = tile
-        front, back = runs_of(codes_ptr, high, step, place, plane, tile, known, DTYPE, BITS, ZERO, UNROLL, FAST)
-        column = step * 64 + j[None, :]
+        words, more, high, front, back = step_of(
+            codes_ptr, high_ptr, scales_ptr, more_ptr, turn, place, more, high, n, known, num_columns,
+            DTYPE, BITS, ZERO, NESTED, OFFSET, UNROLL, FAST)  # fmt: skip
+        column = (turn * UNROLL + place) * 64 + j[None, :]
         at = out_ptr + row[:, None].to(tl.int64) * width + column
         value = _dequantize_run(front, words, more, 0, NESTED, OFFSET)
         tl.store(at, value.to(out_ptr.dtype.element_ty), mask=known[:, None] & (column < width))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crane.kernels import lang, tuning
-from crane.kernels.gguf_codes import runs_of, scale_of, second_of, uses_ptx
+from crane.kernels.gguf_codes import scale_of, second_of, step_of, uses_ptx
 from crane.kernels.gguf_dequantize import gguf_dequantize
 from crane.kernels.lang import FLOATS, jit, tl
 from crane.kernels.planes import PLANE_FORMATS, STEP, Planes, dequantize_planes, random_planes
@@ -87,36 +87,22 @@ def _linear_kernel(
     out: [num_rows, num_columns], or float32 [parts, num_rows, num_columns]. A round is UNROLL steps of 64 columns.
     EVEN: the last step is whole. AFTER: scales are applied to products, else to the weights.
     """
-    HIGH_STEPS: tl.constexpr = 4 // (BITS - 4) if BITS > 4 and BITS < 8 else 0  # steps whose high bits share a byte
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     part = tl.program_id(2)
     j = tl.arange(0, 32)
     known = n < num_columns
-    tile = n[:, None] * 32 + j[None, :]
-    plane = num_columns.to(tl.int64) * 32
     there = (m < num_rows)[None, :]
     acc = tl.zeros([BN, BM], tl.float32)
     first = part * rounds_a_part
     for turn in tl.range(first, tl.minimum(first + rounds_a_part, num_rounds), num_stages=STAGES):
-        if NESTED:
-            more = tl.load(more_ptr + turn * UNROLL // 4 * num_columns + n, mask=known, other=0)
+        more, high = n, n
         for place in tl.static_range(UNROLL):
-            step = turn * UNROLL + place
-            words = tl.load(scales_ptr + step * num_columns + n, mask=known, other=0)
-            if OFFSET and not NESTED:
-                more = tl.load(more_ptr + step * num_columns + n, mask=known, other=0)
-            elif not NESTED:
-                more = words
-            if HIGH_STEPS > 0:
-                if place % HIGH_STEPS == 0:
-                    high_at = high_ptr + (step // HIGH_STEPS).to(tl.int64) * plane + tile
-                    high = tl.load(high_at, mask=known[:, None], other=0)
-            else:
-                high = tile
-            front, back = runs_of(codes_ptr, high, step, place, plane, tile, known, DTYPE, BITS, ZERO, UNROLL, FAST)
-            column = step * 64 + j[:, None]
+            words, more, high, front, back = step_of(
+                codes_ptr, high_ptr, scales_ptr, more_ptr, turn, place, more, high, n, known, num_columns,
+                DTYPE, BITS, ZERO, NESTED, OFFSET, UNROLL, FAST)  # fmt: skip
+            column = (turn * UNROLL + place) * 64 + j[:, None]
             x_at = x_ptr + m[None, :].to(tl.int64) * x_stride + column
             inside = there if EVEN else there & (column < width)
             acc = _multiply(acc, front, x_at, inside, words, more, 0, NESTED, OFFSET, AFTER)
