@@ -17,7 +17,7 @@ def test_histogram_counts_a_value_at_the_first_bound_that_is_not_below_it():
 
 
 def row(sequence, samples=True):
-    return SimpleNamespace(sequence=sequence, samples=samples, num_accepted=0)
+    return SimpleNamespace(sequence=sequence, samples=samples, num_accepted=0, void=False)
 
 
 def test_first_token_counts_from_arrival_and_later_ones_from_the_one_before():
