@@ -226,6 +226,8 @@ class Engine:
             return outputs
         if flight.launched is not None and self._overlap.may_follow(flight.batch):
             self._launch(outputs)
+            if self._overlap.next is not flight:  # all have ended over it
+                return outputs
         return outputs + self._commit(flight)
 
     def _launch(self, outputs: list[Output]) -> Flight | None:

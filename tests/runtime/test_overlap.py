@@ -185,3 +185,21 @@ def test_penalties_count_tokens_that_only_the_device_knows(tiny, penalty, temper
     assert engine.stats().overlap["steps_ahead"] == engine.stats().steps - 1
     assert expected != tokens_of(run(make_engine(tiny), requests(params))), "the penalties change nothing here"
     assert any(len(set(ids)) < len(ids) and set(ids) & set(bias) for ids in expected.values())
+
+
+@pytest.mark.parametrize("number", [0, 4, 9])
+def test_a_cache_that_is_lost_while_a_step_runs_ends_all_and_serves_on(tiny, number):
+    engine = make_engine(tiny, overlap="on")
+    expected = tokens_of(run(engine, requests(GREEDY)))
+    move, count = engine.memory.move, iter(range(10_000))
+
+    def break_once(copies):
+        if next(count) == number:
+            raise RuntimeError("no copy")
+        move(copies)
+
+    engine.memory.move = break_once
+    found = run(engine, requests(GREEDY))
+    assert {last.finish_reason for _, last in found.values()} == {"error"} and found.keys() == expected.keys()
+    assert engine.stats().failed_requests == len(PROMPTS) and engine.stats().step_faults == 0
+    assert tokens_of(run(engine, requests(GREEDY))) == expected
