@@ -30,6 +30,7 @@ log = logging.getLogger("crane.link")
 # An engine that accepts a connection and says nothing for so long is stuck.
 GREETING_S = 10.0
 POLL_S = 0.05
+LINGER_S = 0.001  # messages to the engine wait no longer for others
 
 
 class _Connection(asyncio.Protocol):
@@ -85,6 +86,8 @@ class Link:
         self._engine: subprocess.Popen | None = None
         self._streams: dict[str, Stream] = {}
         self._touched: dict[Stream, None] = {}
+        self._unsent: list[bytes] = []
+        self._unsent_since_s = 0.0
         self._calls: dict[int, asyncio.Future] = {}
         self._num_calls = 0
         self._changed = asyncio.Event()
@@ -157,7 +160,7 @@ class Link:
         self._num_calls += 1
         number = self._num_calls
         answer = self._calls[number] = asyncio.get_running_loop().create_future()
-        self._connection.transport.write(pack(Call(number, op, payload)))
+        self.send(pack(Call(number, op, payload)))
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await answer
@@ -175,7 +178,7 @@ class Link:
         Unknown ids and a lost engine are no error.
         """
         if self._connection is not None:
-            self._connection.transport.write(pack(Abort(rid, index)))
+            self.send(pack(Abort(rid, index)))
 
     def _check_ready(self) -> None:
         state = self.state
@@ -194,7 +197,19 @@ class Link:
     # for streams and the connection
 
     def send(self, frame: bytes) -> None:
-        self._connection.transport.write(frame)
+        """In one write with all that is sent within a moment: each wakes the engine's process."""
+        now_s = time.monotonic()
+        if not self._unsent:
+            self._unsent_since_s = now_s
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(frame)
+        if now_s > self._unsent_since_s + LINGER_S:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._unsent:
+            self._connection.transport.write(b"".join(self._unsent))
+            self._unsent.clear()
 
     def forget(self, rid: str) -> None:
         """The stream does not want the request any more."""
@@ -204,7 +219,7 @@ class Link:
     def leave(self, rid: str) -> None:
         """The stream's client is gone, and may come back for the request."""
         if self._streams.pop(rid, None) is not None and self._connection is not None:
-            self._connection.transport.write(pack(Leave(rid)))
+            self.send(pack(Leave(rid)))
 
     def ended(self, rid: str) -> None:
         self._streams.pop(rid, None)
@@ -280,6 +295,7 @@ class Link:
         if self._connection is not None:
             self._connection.transport.abort()
             self._connection = None
+        self._unsent.clear()
         streams = set(self._streams.values())
         if self._was_ready:
             how = f"failed: {self.state.reason}" if self.state.status == "failed" else "has left"

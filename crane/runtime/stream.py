@@ -89,11 +89,16 @@ class Stream:
 
     def deliver(self) -> None:
         """From the link, after `touch`."""
-        listener = self._listener
-        if listener is not None and self._has_news:
-            listener(self._news())
-            if not self._open:  # for a listener that is still there: nothing more comes
-                self.listen(self._listener)
+        listener, outputs = self._listener, self._outputs
+        if listener is None:
+            return
+        if outputs and not self._disconnected:
+            self._outputs = []
+            listener(outputs)
+        elif self._has_news:
+            listener([])
+        if not self._open:  # for a listener that is still there: nothing more comes
+            self.listen(self._listener)
 
     @property
     def _has_news(self) -> bool:
