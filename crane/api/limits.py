@@ -43,8 +43,8 @@ _APART = ("prompt", "text", "input", "documents", "queries", "items", "text_1", 
 
 def given(body: msgspec.Struct) -> list[tuple[str, Any]]:
     """The fields of a body that say something, with their values."""
-    pairs = zip(body.__struct_fields__, msgspec.structs.astuple(body))
-    return [pair for pair in pairs if pair[1] is not None and pair[1] is not msgspec.UNSET]
+    fields = zip(body.__struct_fields__, msgspec.structs.astuple(body))
+    return [(name, value) for name, value in fields if value is not None and value is not msgspec.UNSET]
 
 
 def refuse_excess(body: msgspec.Struct, raw: bytes, context: Context) -> None:
