@@ -10,6 +10,7 @@ bfloat16, as dequantising to bfloat16 does. A bfloat16 matrix is only laid out a
 import contextlib
 import ctypes
 import errno
+import itertools
 import math
 import mmap
 import os
@@ -36,6 +37,7 @@ PANEL_ROWS, _TILE_COLUMNS = 16, 32
 # Rows of x from which AMX may be faster than integers, although it widens the weight first: what is tried.
 _AMX_ROWS = (4, 6, 7, 8, 10, 12, 16, 24, 32)
 _NEVER = 1 << 62
+_CACHE_BYTES = 6 << 20  # more than two cores keep for themselves
 _ROOM_BYTES = 64 << 20
 _room = torch.empty(0, dtype=torch.uint8)
 
@@ -151,21 +153,23 @@ def _allocate(nbytes: int) -> Tensor:
 
 
 def _measure_amx_rows(kind: tuple[int, int, int], num_rows: int, columns: int) -> int:
-    """The least rows of x for which AMX multiplies such a weight faster than integers do. Takes about 10 ms."""
+    """The least rows of x for which AMX multiplies such a weight faster than integers do. Takes 10 to 40 ms."""
     struct = native.Weight(None, None, num_rows, columns, *kind, 0)
     call, address = native.library().crane_linear, ctypes.addressof(struct)
-    panels = torch.zeros(native.library().crane_weight_bytes(address), dtype=torch.uint8)
-    struct.panels = panels.data_ptr()
+    nbytes = native.library().crane_weight_bytes(address)
+    # written, as untouched memory is one page over and over; so many copies that none is still in a core's cache
+    copies = itertools.cycle(torch.empty(1 + _CACHE_BYTES // nbytes, nbytes, dtype=torch.uint8).zero_())
     x = torch.randn(_AMX_ROWS[-1], columns).bfloat16()
     out = torch.empty(_AMX_ROWS[-1], num_rows, dtype=torch.bfloat16)
 
     def seconds(rows: int, method: int) -> float:
+        struct.panels = next(copies).data_ptr()
         started = time.perf_counter()
         call(address, x.data_ptr(), rows, 1, out.data_ptr(), num_rows, 1, method)
         return time.perf_counter() - started
 
     for rows in _AMX_ROWS:
-        integers, amx = zip(*((seconds(rows, 0), seconds(rows, 1)) for _ in range(8)))
+        integers, amx = zip(*((seconds(rows, 0), seconds(rows, 1)) for _ in range(12)))
         if min(amx) < min(integers):
             return rows
     return _NEVER
