@@ -3,9 +3,10 @@
 
     python tools/profile_step.py MODEL --batch 1 --context 512
 
-Steps run under Python's profiler, which makes small parts look larger than they are; the line "plain" is a step without
-it. "limit" is the weights' bytes in memory over the read bandwidth measured here: no step can be shorter when nothing
-stays in a cache. Ends in one JSON line.
+A recorded step (on a CPU with C kernels) says itself how long each kernel took; "outside" is what the same steps took
+beyond that. Other steps, and all with --call-by-call, run under Python's profiler, which makes small parts look larger
+than they are. "plain" is a step without either. "limit" is the bytes of weights, for attention those of keys and
+values, over the read bandwidth measured here: nothing can be shorter that stays in no cache. Ends in one JSON line.
 """
 
 import argparse
@@ -23,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 
 from crane.bench.cell import Cell, prompts  # noqa: E402
-from crane.models.layers import Linear  # noqa: E402
 from crane.kernels.packed import PackedLinear  # noqa: E402
+from crane.kernels.recording import Recording  # noqa: E402
+from crane.models.layers import Linear  # noqa: E402
 from crane.runtime.engine import Engine  # noqa: E402
+from crane.runtime.recorded import RecordedSteps  # noqa: E402
 from crane.runtime.settings import Settings  # noqa: E402
 from crane.runtime.types import Generate, SamplingParams  # noqa: E402
 
@@ -49,24 +52,49 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--exact", action="store_true", help="as `crane serve --exact`")
+    parser.add_argument("--call-by-call", action="store_true", help="do not replay recorded steps")
     options = parser.parse_args()
     length = options.context + 3 * options.steps + 8
     engine = Engine(Settings(model_path=options.model, max_concurrent=options.batch, max_model_len=length,
-                             exact=options.exact))  # fmt: skip
+                             exact=options.exact, recorded_steps=not options.call_by_call))  # fmt: skip
     start(engine, options.batch, options.context)
     plain_ms = 1000 * statistics.median(timed(engine.step) for _ in range(options.steps))
-    profile = cProfile.Profile()
-    profile.enable()
-    for _ in range(options.steps):
-        engine.step()
-    profile.disable()
-    parts = split(profile, options.steps)
-    limit_ms = 1000 * weight_bytes(engine.runner.model) / read_bandwidth()
-    for name, ms in [("plain", plain_ms), ("limit", limit_ms), ("profiled", sum(parts.values())), *parts.items()]:
-        print(f"{name:>14} {ms:8.2f} ms")
+    steps, pages = engine.runner.graphs, engine.runner.kv
+    recording = steps.recording(options.batch) if isinstance(steps, RecordedSteps) else None
+    parts = by_kernel(engine, recording, options.steps) if recording else profiled(engine, options.steps)
+    bandwidth = read_bandwidth()
+    limit_ms = 1000 * weight_bytes(engine.runner.model) / bandwidth
+    # pages: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]
+    kv_limit_ms = 1000 * options.batch * options.context * pages[0, :, :, 0].nbytes / bandwidth
+    for name, ms in [("plain", plain_ms), ("limit", limit_ms), ("sum", sum(parts.values())), *parts.items()]:
+        print(f"{name:>14} {ms:8.2f} ms" + (f", limit {kv_limit_ms:.2f}" if name == "attention" else ""))
     print(json.dumps({"benchmark": "step", "model": options.model, "batch": options.batch, "context": options.context,
                       "plain_ms": plain_ms, "limit_ms": limit_ms, "parts_ms": parts}))  # fmt: skip
     return 0
+
+
+def by_kernel(engine: Engine, recording: Recording, steps: int) -> dict[str, float]:
+    """Milliseconds a step in each kernel, of which the last call is the output layer, and outside of them; medians."""
+    replays, outside = [], []
+    recording.replay = lambda: replays.append(recording.timed())
+    for _ in range(steps):
+        whole_s = timed(engine.step)
+        outside.append(whole_s - sum(seconds for _, seconds in replays[-1]))
+    found: Counter[str] = Counter(outside=1000 * statistics.median(outside))
+    for place, (name, _) in enumerate(replays[0]):
+        label = "output layer" if place == len(replays[0]) - 1 else name
+        found[label] += 1000 * statistics.median(calls[place][1] for calls in replays)
+    return {name: round(ms, 3) for name, ms in found.most_common()}
+
+
+def profiled(engine: Engine, steps: int) -> dict[str, float]:
+    """`split` of some steps under Python's profiler."""
+    profile = cProfile.Profile()
+    profile.enable()
+    for _ in range(steps):
+        engine.step()
+    profile.disable()
+    return split(profile, steps)
 
 
 def start(engine: Engine, batch: int, context: int) -> None:

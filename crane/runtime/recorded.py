@@ -62,6 +62,10 @@ class RecordedSteps:
         plain = all(row.count == 1 and row.samples and not (row.prompt_logits or row.sequence.pooling) for row in rows)
         return self if plain and self.reason is None and len(rows) <= self._max_rows else None
 
+    def recording(self, count: int) -> Recording | None:
+        """The recorded step of so many rows, if there is one that was compared."""
+        return self._steps[count] if count in self._proved else None
+
     @torch.inference_mode()
     def run(self, rows: list[Row], places: dict[Sequence, int], drawn: Tensor | None) -> tuple[Tensor, Tensor]:
         """Hidden states [len(rows), hidden] and logits [len(rows), vocab] of the rows' tokens, whose K/V are in their
