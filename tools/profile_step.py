@@ -75,11 +75,9 @@ def main() -> int:
 
 def by_kernel(engine: Engine, recording: Recording, steps: int) -> dict[str, float]:
     """Milliseconds a step in each kernel, of which the last call is the output layer, and outside of them; medians."""
-    replays, outside = [], []
-    recording.replay = lambda: replays.append(recording.timed())
-    for _ in range(steps):
-        whole_s = timed(engine.step)
-        outside.append(whole_s - sum(seconds for _, seconds in replays[-1]))
+    replays, inside = [], []
+    recording.replay = lambda: inside.append(timed(lambda: replays.append(recording.timed())))
+    outside = [timed(engine.step) - inside[-1] for _ in range(steps)]
     found: Counter[str] = Counter(outside=1000 * statistics.median(outside))
     for place, (name, _) in enumerate(replays[0]):
         label = "output layer" if place == len(replays[0]) - 1 else name
