@@ -10,8 +10,8 @@ import pytest
 
 from crane.bench.cell import Cell, Timing, prompts
 from crane.bench.child_crane import check
-from crane.bench.engine import main
 from crane.bench.report import table
+from crane.cli import main
 from crane.runtime.engine import Engine
 from crane.runtime.settings import Settings
 from crane.runtime.types import Generate, SamplingParams
@@ -25,8 +25,12 @@ def model(tmp_path_factory):
     return str(make_tiny(tmp_path_factory.mktemp("tiny"), "qwen2"))
 
 
+def bench(model, *arguments):
+    return main(["bench", "engine", "--model-path", model, *arguments])
+
+
 def test_the_engine_alone_gives_a_row_per_cell_and_ends_in_json(model, capsys):
-    assert main(["--model-path", model, "--batch", "1,2", "--context", "16", "--tokens", "4", "--rounds", "1"]) == 0
+    assert bench(model, "--batch", "1,2", "--context", "16", "--tokens", "4", "--rounds", "1") == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(row["batch"], row["context"]) for row in document["rows"]] == [(1, 16), (2, 16)]
     for row in document["rows"]:
@@ -37,7 +41,7 @@ def test_the_engine_alone_gives_a_row_per_cell_and_ends_in_json(model, capsys):
 
 def test_a_peer_is_measured_beside_it_and_compared(model, capsys):
     arguments = ["--batch", "2", "--context", "16", "--tokens", "4", "--rounds", "2", "--dtype", "float32"]
-    assert main(["--model-path", model, *arguments, "--vs", "transformers"]) == 0
+    assert bench(model, *arguments, "--vs", "transformers") == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]
     assert row["transformers decode tok/s"] > 0
     low, high = map(float, row["decode spread"].split("-"))
@@ -46,7 +50,7 @@ def test_a_peer_is_measured_beside_it_and_compared(model, capsys):
 
 def test_other_settings_are_measured_beside_those_given(model, capsys):
     arguments = ["--batch", "2", "--context", "16", "--tokens", "4", "--rounds", "1", "--set", "overlap=on"]
-    assert main(["--model-path", model, *arguments, "--vs", "crane=overlap=off,page_size=32"]) == 0
+    assert bench(model, *arguments, "--vs", "crane=overlap=off,page_size=32") == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]
     assert row["crane:overlap=off,page_size=32 decode tok/s"] > 0 and row["decode ratio"] > 0
 
@@ -60,12 +64,12 @@ def test_other_settings_are_measured_beside_those_given(model, capsys):
     (["--set", "page_size=three"], "--set page_size must be a whole number"),
 ])
 def test_a_bad_option_is_named(model, capsys, arguments, said):
-    assert main(["--model-path", model, "--context", "8", "--tokens", "1", *arguments]) == 1
+    assert bench(model, "--context", "8", "--tokens", "1", *arguments) == 1
     assert said in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_load_says_why(tmp_path, capsys):
-    assert main(["--model-path", str(tmp_path)]) == 1
+    assert bench(str(tmp_path)) == 1
     assert "holds neither .safetensors nor .gguf weights" in capsys.readouterr().err
 
 

@@ -241,13 +241,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE.png", help="draw tokens per second (needs matplotlib)")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser)
-    return run(parser.parse_args(argv))
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure what the options ask for. Returns the exit status."""
     try:
