@@ -7,6 +7,7 @@ engine leaves. The lock file carries a `Record` of how starting went so far, so
 that workers agree on when to give up. Torch-free.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import fcntl
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,6 +171,16 @@ class Arbiter:
         if pid is not None and hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):  # not there any more, or not allowed here: ask by pid
                 self._fd = os.pidfd_open(pid)
+
+    def watch(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+        """Have `callback` called once when it has ended, where the system can tell; else somebody has to ask."""
+
+        def end() -> None:
+            loop.remove_reader(self._fd)
+            callback()
+
+        if self._fd is not None:
+            loop.add_reader(self._fd, end)
 
     @property
     def gone(self) -> bool:

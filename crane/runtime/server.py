@@ -41,6 +41,8 @@ ORPHAN_S = 3.0
 # A failed engine stays this long for workers that want to know why.
 FAILED_S = 1.0
 TICK_S = 0.25
+# With workers and nothing to compute there is nothing to watch but them, and they make themselves heard.
+IDLE_TICK_S = 2.0
 # A worker that starts us holds the lock for moments; a stopped one must not keep us from serving.
 LOCK_TICK_S = 0.02
 RECORD_S = 2.0
@@ -144,6 +146,7 @@ class Server:
             loop.add_signal_handler(number, self.drain)
         self._stepper = Stepper(self.settings, self._factory, self._tell, self)
         self._stepper.start()
+        self._arbiter.watch(loop, self._wake.set)
         while True:
             code = self._exit_code()
             if code is not None and self._leave(server, (status.st_dev, status.st_ino), code):
@@ -152,10 +155,16 @@ class Server:
                 self._announce_ready()
             self._watch_step()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), TICK_S if self._loaded is None else LOCK_TICK_S)
+                await asyncio.wait_for(self._wake.wait(), self._tick_s())
             self._wake.clear()
         await self._flush()
         return code
+
+    def _tick_s(self) -> float:
+        if self._loaded is not None:
+            return LOCK_TICK_S
+        idle = self.state.status == "ready" and self.peers and not self._stepper.step_since_s
+        return IDLE_TICK_S if idle and not self._arbiter.gone else TICK_S
 
     # what peers do
 
