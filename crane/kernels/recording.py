@@ -86,6 +86,10 @@ class Recording:
 class _Recorder(TorchDispatchMode):
     """Sees every operation of torch's on this thread."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch loads its compiler to keep it out of here: 0.6 s and 70 MB in the first step
+
     def __init__(self, memory: Memory, times: int):
         super().__init__()
         self._memory, self._times = memory, times

@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import random
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -232,3 +234,16 @@ def test_an_engine_gives_the_same_answers_with_and_without(tmp_path, overlap):
         state = engine.stats().kernels["recorded_steps"]
         assert state.startswith("for 1, 2, 3, 4 rows") if wanted else state == "not used"
     assert found[True] == found[False]
+
+
+def test_the_first_recorded_step_does_not_load_torchs_compiler(tmp_path):
+    path = str(make_tiny(tmp_path, "qwen3", fmt="gguf", quant="Q8_0"))
+    program = """if True:
+        import sys
+        from crane import LLM, SamplingParams
+        llm = LLM(sys.argv[1], cpu=True, dtype="bfloat16", max_model_len=64)
+        llm.generate([[3, 4, 5]], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
+        print(llm.engine.stats().kernels["recorded_steps"], "torch._dynamo" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "for 1 rows so far False\n", done.stderr
