@@ -78,7 +78,9 @@ for model in $models; do
   step "overlap-$model" "$python" tools/bench_engine.py --model-path "$folder" --batch "$batches" \
     --context "$context" --tokens "$tokens" --rounds 3 --dtype "$dtype" \
     --set "max_concurrent=${batches##*,}" --set overlap=on --vs crane=overlap=off
-  for kind in decode overlap; do tail -1 "$out/$kind-$model.txt" > "$out/$kind-$model.json" 2> /dev/null; done
+  for kind in decode overlap; do
+    [ -f "$out/$kind-$model.txt" ] && tail -1 "$out/$kind-$model.txt" > "$out/$kind-$model.json"
+  done
   rm -rf "$folder"
 done
 
