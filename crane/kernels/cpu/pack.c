@@ -3,12 +3,7 @@
 #include "weight.h"
 #include <errno.h>
 #include <stdatomic.h>
-#include <sys/mman.h>
 #include <unistd.h>
-
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23
-#endif
 
 /* 32 columns of one row. A second scale and offset only where groups are 16 columns wide. */
 typedef struct { uint8_t q[TILE]; float scale[2], offset[2]; } Group;
@@ -150,15 +145,8 @@ static int read_bytes(int file, uint8_t *to, int64_t count, int64_t offset) {
     return 0;
 }
 
-/* The kernel makes a panel's pages in one go, and not one at a time as they are first written. */
-static void make_pages(const Weight *w, int64_t panel) {
-    uintptr_t size = num_tiles(w) * tile_bytes(w), start = (uintptr_t)w->panels + panel * size, page = 4095;
-    madvise((void *)(start & ~page), ((start + size + page) & ~page) - (start & ~page), MADV_POPULATE_WRITE);
-}
-
 static void pack_task(void *argument, int64_t index) {
     const Pack *p = argument;
-    make_pages(p->w, p->first / LANES + index);
     if (!p->error) return pack_one(p, index);
     Pack own = *p;
     own.first += index * LANES;
