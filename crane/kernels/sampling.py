@@ -24,6 +24,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 # Rows that top-k leaves with at most this many tokens never look at the rest of the vocabulary again.
 _NUM_CANDIDATES = 1024
 _SUB_BLOCK = 64
+# Logits of rows that are drawn from whole, at a time: 2 MB.
+_WHOLE_ELEMENTS = 1 << 19
 # Columns in which `best` looks for a maximum at a time.
 _ARGMAX_BLOCK = 4096
 
@@ -199,12 +201,16 @@ def _draw_greedy(logits: Tensor, *_) -> Tensor:
 
 def _draw_whole(logits: Tensor, temperature: Tensor, limit: Tensor, top_p: Tensor, min_p: Tensor,
                 uniform: Tensor) -> Tensor:
-    """Rows without top-k and top-p: the whole vocabulary, less what min-p takes."""
-    scaled = logits / temperature[:, None]
-    if bool((min_p > 0).any()):
-        floor = scaled.amax(-1, keepdim=True) + min_p[:, None].log()
-        scaled = scaled.masked_fill(scaled < floor, -torch.inf)
-    return _inverse_transform(scaled, uniform)
+    """Rows without top-k and top-p: the whole vocabulary, less what min-p takes. A few rows at a time: what is made
+    of them stays in a core's cache, and its memory is met again."""
+    rows, drawn = max(_WHOLE_ELEMENTS // logits.shape[1], 1), []
+    for parts in zip(*(each.split(rows) for each in (logits, temperature, min_p, uniform))):
+        some, temperature, floor, number = parts
+        scaled = some / temperature[:, None]
+        if bool((floor > 0).any()):
+            scaled.masked_fill_(scaled < scaled.amax(-1, keepdim=True) + floor[:, None].log(), -torch.inf)
+        drawn.append(_inverse_transform(scaled, number))
+    return torch.cat(drawn)
 
 
 def _draw_filtered(logits: Tensor, temperature: Tensor, limit: Tensor, top_p: Tensor, min_p: Tensor,
@@ -281,7 +287,7 @@ def _inverse_transform(logits: Tensor, uniform: Tensor) -> Tensor:
     Two levels, 1,024 columns each, so that a whole vocabulary is not cumulated number by number.
     """
     rows, width = logits.shape
-    weights = (logits - logits.amax(1, keepdim=True)).exp()
+    weights = (logits - logits.amax(1, keepdim=True)).exp_()
     size = min(1024, width)
     weights = torch.nn.functional.pad(weights, (0, -width % size)).view(rows, -1, size)
     chunks = weights.sum(2, dtype=torch.float64).cumsum(1)  # [rows, num_chunks]
