@@ -228,9 +228,8 @@ def read_record(fd: int) -> Record:
 
 
 def write_record(fd: int, record: Record) -> None:
-    """Replace the record in a lock file that is held."""
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, msgspec.json.encode(record), 0)
+    """Replace the record in a lock file that is held. By one write: who is killed at it leaves the old or the new one."""
+    os.pwrite(fd, msgspec.json.encode(record).ljust(os.fstat(fd).st_size), 0)
 
 
 def spawn(settings: Settings, place: Meeting, command: Sequence[str] = ENGINE_COMMAND) -> subprocess.Popen:

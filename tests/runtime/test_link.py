@@ -859,3 +859,11 @@ def test_threads_can_use_a_link_too(scene):
         assert link.call("stats")["active_sequences"] == 0
     finally:
         link.stop()
+
+
+def test_a_record_is_replaced_by_a_shorter_one_in_one_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "ftruncate", None)  # between that and the write a killed writer would leave nothing
+    with open(tmp_path / "lock", "w+b") as file:
+        launch.write_record(file.fileno(), launch.Record(was_ready=True, attempts=2, reason="long " * 40, pid=1234))
+        launch.write_record(file.fileno(), launch.Record(was_ready=True))
+        assert launch.read_record(file.fileno()) == launch.Record(was_ready=True)
