@@ -228,7 +228,7 @@ def read_record(fd: int) -> Record:
 
 
 def write_record(fd: int, record: Record) -> None:
-    """Replace the record in a lock file that is held. By one write: who is killed at it leaves the old or the new one."""
+    """Replace the record in a lock file that is held. By one write: who is killed leaves the old or the new one."""
     os.pwrite(fd, msgspec.json.encode(record).ljust(os.fstat(fd).st_size), 0)
 
 
