@@ -51,3 +51,15 @@ def qwen3_tokenizer(models_dir) -> Path:
 def vocabs_dir() -> Path:
     """llama.cpp's vocabulary-only GGUF files with their .inp and .out vectors."""
     return _present(cache_dir() / "vocabs")
+
+
+@pytest.fixture
+def c_kernels():
+    """The C kernels, loaded for one test."""
+    from crane.kernels import native
+    from crane.runtime.settings import cache_dir
+
+    if native.load(cache_dir(), 2) is None:
+        pytest.skip(f"no C kernels here: {native.reason()}")
+    yield native.library()
+    native.unload()

@@ -3,6 +3,7 @@
 What the dialects that stream typed blocks (Anthropic's messages, OpenAI's responses) share.
 """
 
+import abc
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class Block:
         return "".join(self.parts)
 
 
-class BlockGeneration(BaseGeneration):
+class BlockGeneration(BaseGeneration, abc.ABC):
     """One answer of one prompt. A subclass says which events a block opens, grows and closes with.
 
     stop: the stop string or id that ended the answer.
@@ -107,21 +108,21 @@ class BlockGeneration(BaseGeneration):
         """A typed event; nothing when not streaming."""
         return typed_event(kind, fields) if self.stream else b""
 
+    @abc.abstractmethod
     def broken(self, error: Exception) -> bytes:
         """The event that ends a stream which broke after its first byte."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def opened(self, block: Block) -> bytes:
         """The events with which a block begins."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def grown(self, block: Block, text: str, tokens: list[tuple[int, TokenLogprob]]) -> bytes:
         """The events with which it grows by `text`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def closed(self, block: Block) -> bytes:
         """The events with which it ends."""
-        raise NotImplementedError
 
 
 def chat_prompt(context: Context, chat: ChatBody, prepared: PreparedChat, max_tokens: int, field: str) -> Prompt:

@@ -83,6 +83,7 @@ class NumberedGeneration:
         return error_frame(error)
 
     def body(self) -> bytes:
+        """Never: a driver asks for it when `stream` is False."""
         raise NotImplementedError("it streams")
 
     def _number(self, frames: bytes) -> bytes:

@@ -203,13 +203,14 @@ def _draw_whole(logits: Tensor, temperature: Tensor, limit: Tensor, top_p: Tenso
                 uniform: Tensor) -> Tensor:
     """Rows without top-k and top-p: the whole vocabulary, less what min-p takes. A few rows at a time: what is made
     of them stays in a core's cache, and its memory is met again."""
-    rows, drawn = max(_WHOLE_ELEMENTS // logits.shape[1], 1), []
-    for parts in zip(*(each.split(rows) for each in (logits, temperature, min_p, uniform))):
-        some, temperature, floor, number = parts
-        scaled = some / temperature[:, None]
-        if bool((floor > 0).any()):
-            scaled.masked_fill_(scaled < scaled.amax(-1, keepdim=True) + floor[:, None].log(), -torch.inf)
-        drawn.append(_inverse_transform(scaled, number))
+    drawn = []
+    for start in range(0, len(logits), rows := max(_WHOLE_ELEMENTS // logits.shape[1], 1)):
+        some = slice(start, start + rows)
+        scaled = logits[some] / temperature[some, None]
+        if bool((min_p[some] > 0).any()):
+            floor = scaled.amax(-1, keepdim=True) + min_p[some, None].log()
+            scaled.masked_fill_(scaled < floor, -torch.inf)
+        drawn.append(_inverse_transform(scaled, uniform[some]))
     return torch.cat(drawn)
 
 

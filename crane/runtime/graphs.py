@@ -20,6 +20,7 @@ from crane.kernels.transfer import fill_in
 from crane.models.context import ForwardContext
 from crane.runtime.batch import Row
 from crane.runtime.sequence import Sequence
+from crane.runtime.step_inputs import StepInputs
 
 log = logging.getLogger("crane.engine")
 
@@ -48,24 +49,15 @@ class _Numbers:
         cuda = device.type == "cuda"
         self._host = torch.zeros(num_rows * (4 + max_pages), dtype=torch.int32, pin_memory=cuda)
         self._numbers = self._host[: 4 * num_rows].view(4, num_rows).numpy()
-        self._table = self._host[4 * num_rows :].view(num_rows, max_pages).numpy()
-        self._pages: list[list[int]] = [[] for _ in range(num_rows)]  # what `_table` has
+        self._inputs = StepInputs(self._numbers, self._host[4 * num_rows :].view(num_rows, max_pages).numpy())
         self._read = torch.cuda.Event() if cuda else None
 
     def fill(self, rows: list[Row], places: dict[Sequence, int], page_size: int) -> None:
         """Of these rows; places as in `Row.ahead`."""
         if self._read is not None:
             self._read.synchronize()  # two steps ago: long past
+        self._inputs.fill(rows, places, page_size)
         tokens, positions, slots, lengths = self._numbers
-        for place, row in enumerate(rows):
-            pages = row.sequence.pages
-            (tokens[place],) = row.input_ids(places)
-            positions[place] = row.start
-            slots[place] = pages[row.start // page_size] * page_size + row.start % page_size
-            lengths[place] = row.start + 1
-            if self._pages[place] != pages:
-                self._table[place, : len(pages)] = pages
-                self._pages[place] = list(pages)
         # padding writes nothing and reads nothing
         tokens[len(rows) :] = positions[len(rows) :] = lengths[len(rows) :] = 0
         slots[len(rows) :] = -1

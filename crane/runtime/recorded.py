@@ -21,6 +21,7 @@ from crane.kernels.transfer import fill_in
 from crane.models.context import ForwardContext
 from crane.runtime.batch import Row
 from crane.runtime.sequence import Sequence
+from crane.runtime.step_inputs import StepInputs
 
 log = logging.getLogger("crane.engine")
 
@@ -38,9 +39,9 @@ class RecordedSteps:
     def __init__(self, model, kv: Tensor, max_rows: int, max_len: int):
         self._model, self._kv, self._max_rows = model, kv, max_rows
         self._max_pages = -(-max_len // kv.shape[3])
-        self._inputs = torch.zeros(5, max_rows, dtype=torch.int64)  # token, position, slot, slot's index, length
+        self._numbers = torch.zeros(5, max_rows, dtype=torch.int64)  # token, position, slot, length, slot's index
         self._table = torch.zeros(max_rows, self._max_pages, dtype=torch.int64)
-        self._pages: list[list[int]] = [[] for _ in range(max_rows)]  # what `_table` has
+        self._inputs = StepInputs(self._numbers[:4].numpy(), self._table.numpy())
         self._places = torch.arange(max_rows)
         self._memory = Memory()
         self._steps: OrderedDict[int, Recording] = OrderedDict()
@@ -76,7 +77,7 @@ class RecordedSteps:
         count = len(rows)
         self._fill(rows, places)
         if drawn is not None:
-            self._inputs[0, :count] = fill_in(self._inputs[0, :count], drawn)
+            self._numbers[0, :count] = fill_in(self._numbers[0, :count], drawn)
         step = self._steps.get(count)
         if step is None:
             return self._record(count)
@@ -112,22 +113,13 @@ class RecordedSteps:
         self._proved.clear()
 
     def _fill(self, rows: list[Row], places: dict[Sequence, int]) -> None:
-        size = self._kv.shape[3]
-        tokens, positions, slots, index, lengths = self._inputs[:, : len(rows)].numpy()
-        for place, row in enumerate(rows):
-            pages = row.sequence.pages
-            (tokens[place],) = row.input_ids(places)
-            positions[place] = row.start
-            slots[place] = pages[row.start // size] * size + row.start % size
-            if self._pages[place] != pages:
-                self._table[place, : len(pages)] = torch.tensor(pages)
-                self._pages[place] = list(pages)
+        self._inputs.fill(rows, places, self._kv.shape[3])
+        _, _, slots, _, index = self._numbers[:, : len(rows)].numpy()
         index[:] = slot_index(slots, self._kv)
-        lengths[:] = positions + 1
 
     def _step(self, count: int) -> Callable[[], tuple[Tensor, Tensor]]:
         """What computes the rows that `_fill` was given."""
-        tokens, positions, slots, index, lengths = self._inputs[:, :count]
+        tokens, positions, slots, lengths, index = self._numbers[:, :count]
         context = ForwardContext(
             positions=positions, slots=slots, query_lens=[1] * count, query_starts=list(range(count)),
             context_lens=[0] * count, page_table=self._table, kv=self._kv, page_size=self._kv.shape[3],

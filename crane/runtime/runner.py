@@ -121,7 +121,10 @@ class ModelRunner:
             if row.prompt_logits:
                 self._prompt_logprobs(row, hidden[first : first + row.count], found, launched)
         ends = [start + row.count for row, start in zip(filled, starts)]
-        (self._draw_fixed if fixed else self._draw)(rows, ends, hidden, logits, constrained, picked, launched)
+        if fixed:
+            self._draw_fixed(rows, ends, hidden, constrained, picked, launched)
+        else:
+            self._draw(rows, ends, hidden, logits, constrained, picked, launched)
 
     def _hidden(self, rows: list[Row], query_starts: list[int], before: Launched, fixed: bool) -> Tensor:
         """The model's hidden states of all tokens of these rows: [num_tokens, hidden]."""
@@ -131,8 +134,8 @@ class ModelRunner:
             ids = fill_in(ids, before.drawn)
         return self.model(ids, self._context(rows, query_starts, fixed))
 
-    def _draw_fixed(self, rows: list[Row], ends: list[int], hidden: Tensor, logits: None,
-                    constrained: dict[int, Constraint], picked: list[Picked], launched: Launched) -> None:
+    def _draw_fixed(self, rows: list[Row], ends: list[int], hidden: Tensor, constrained: dict[int, Constraint],
+                    picked: list[Picked], launched: Launched) -> None:
         """`_draw` of deterministic rows, which have no drafts: the logits of all together, the draws one by one."""
         if not any(row.samples for row in rows):
             return

@@ -19,20 +19,10 @@ from crane.models.config import load_config
 from crane.models.files import Checkpoint, TensorInfo, open_checkpoint
 from crane.models.registry import load_model
 from crane.models.weights import Weights
-from crane.runtime.settings import cache_dir
 from tests.models.paged import PagedRun
 from tests.tiny import make_tiny
 
 KINDS = [kind for kind in gguf.GGMLQuantizationType.__members__ if is_packable(kind)]
-
-
-@pytest.fixture
-def library():
-    """The kernels, loaded for one test."""
-    if native.load(cache_dir(), 2) is None:
-        pytest.skip(f"no C kernels here: {native.reason()}")
-    yield native.library()
-    native.unload()
 
 
 def random_weight(kind, rows, columns, seed=0):
@@ -54,7 +44,7 @@ def pack_blocks(weight):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_rows_are_the_blocks_values_with_scales_in_float16(library, kind):
+def test_packed_rows_are_the_blocks_values_with_scales_in_float16(c_kernels, kind):
     weight = random_weight(kind, 200, 512)
     ids = torch.tensor([0, 17, 199, 16, 0])
     expected = dequantize(weight)[ids]
@@ -66,7 +56,7 @@ def test_packed_rows_are_the_blocks_values_with_scales_in_float16(library, kind)
 
 
 @pytest.mark.parametrize("kind", [*filter(is_read_by_c, KINDS), "BF16"])
-def test_rows_packed_from_a_file_are_those_packed_from_memory(library, tmp_path, kind):
+def test_rows_packed_from_a_file_are_those_packed_from_memory(c_kernels, tmp_path, kind):
     if not can_pack(kind, (200, 512), torch.bfloat16):
         pytest.skip("needs AMX")
     data = torch.randn(200, 512).bfloat16() if kind == "BF16" else random_weight(kind, 200, 512).data
@@ -79,7 +69,7 @@ def test_rows_packed_from_a_file_are_those_packed_from_memory(library, tmp_path,
     assert torch.equal(found.panels, pack(kind, 200, 512, [data]).panels)
 
 
-def test_a_file_that_cannot_be_read_to_the_end_is_an_error_while_it_is_packed(library, tmp_path):
+def test_a_file_that_cannot_be_read_to_the_end_is_an_error_while_it_is_packed(c_kernels, tmp_path):
     (tmp_path / "weights").write_bytes(bytes(40 * 34))
     with open(tmp_path / "weights", "rb") as file, pytest.raises(OSError, match="became shorter"):
         pack("Q8_0", 48, 32, [Stored(tmp_path, file.fileno(), 0, 48, 34)])
@@ -98,7 +88,7 @@ def test_a_file_that_cannot_be_read_to_the_end_is_an_error_while_it_is_packed(li
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3, 15, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_product_with_blocks_is_off_by_its_rounding_only(library, kind, rows, dtype):
+def test_a_product_with_blocks_is_off_by_its_rounding_only(c_kernels, kind, rows, dtype):
     weight = random_weight(kind, 136, 512)
     torch.manual_seed(0)
     x, bias = torch.randn(rows, 512).to(dtype), torch.randn(136)
@@ -109,7 +99,7 @@ def test_a_product_with_blocks_is_off_by_its_rounding_only(library, kind, rows, 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", [0, 1])
-def test_every_number_of_rows_and_any_last_panel_are_right(library, kind, method):
+def test_every_number_of_rows_and_any_last_panel_are_right(c_kernels, kind, method):
     """method 1 is AMX where the processor has it. x holds integers with a largest of 127, which 8 bits keep."""
     for features in (5, 77):
         weight = random_weight(kind, features, 256)
@@ -122,7 +112,7 @@ def test_every_number_of_rows_and_any_last_panel_are_right(library, kind, method
         for rows in (*range(1, 20), 24, 31, 32, 33, 40):
             out = torch.full((rows + 1, features + 3), 7.0)
             given = x[:rows].bfloat16()
-            library.crane_linear(
+            c_kernels.crane_linear(
                 ctypes.addressof(struct), given.data_ptr(), rows, 1, out.data_ptr(), features + 3, 0, method
             )
             error = (out[:rows, :features] - exact[:rows]).norm() / exact[:rows].norm()
@@ -142,14 +132,14 @@ def test_without_avx512_products_are_the_same(tmp_path, monkeypatch):
         test_every_number_of_rows_and_any_last_panel_are_right(library, kind, 0)
 
 
-def test_weights_share_huge_pages(library):
+def test_weights_share_huge_pages(c_kernels):
     first, second = (pack_blocks(random_weight("Q8_0", 32, 64)).panels for _ in range(2))
     assert second.data_ptr() - first.data_ptr() == first.numel() and first.data_ptr() % 64 == 0
     assert packed._allocate(packed._ROOM_BYTES + 1).numel() == packed._ROOM_BYTES + 1
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 70])
-def test_a_product_with_a_bfloat16_matrix_rounds_nothing(library, rows):
+def test_a_product_with_a_bfloat16_matrix_rounds_nothing(c_kernels, rows):
     if not can_pack("BF16", (40, 96), torch.bfloat16):
         pytest.skip("needs AMX")
     torch.manual_seed(0)
@@ -160,7 +150,7 @@ def test_a_product_with_a_bfloat16_matrix_rounds_nothing(library, rows):
     torch.testing.assert_close(found.double(), x.double() @ weight.double().T + bias, rtol=1e-5, atol=1e-5)
 
 
-def test_parts_of_different_types_lie_side_by_side(library):
+def test_parts_of_different_types_lie_side_by_side(c_kernels):
     parts = [random_weight("Q5_0", 48, 64), random_weight("Q8_0", 16, 64, seed=1)]
     x = torch.randn(20, 64)
     whole = torch.cat([dequantize(part) for part in parts])
@@ -169,7 +159,7 @@ def test_parts_of_different_types_lie_side_by_side(library):
     assert (found - x @ whole.T).norm() < 0.01 * (x @ whole.T).norm()
 
 
-def test_threads_that_multiply_at_the_same_time_get_their_own_results(library):
+def test_threads_that_multiply_at_the_same_time_get_their_own_results(c_kernels):
     weight = random_weight("Q8_0", 512, 256)
     linear = PackedLinear([pack_blocks(weight)])
     inputs = [torch.randn(3, 256) for _ in range(4)]
@@ -189,7 +179,7 @@ def test_threads_that_multiply_at_the_same_time_get_their_own_results(library):
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "hunyuan"])
-def test_a_quantised_model_scores_as_its_dequantised_self_does(library, tmp_path, arch):
+def test_a_quantised_model_scores_as_its_dequantised_self_does(c_kernels, tmp_path, arch):
     path = make_tiny(tmp_path, arch, fmt="gguf", quant="Q8_0")
     checkpoint = open_checkpoint(path)
     config = load_config(checkpoint)
@@ -232,20 +222,22 @@ def test_a_build_that_fails_or_does_not_work_is_not_used(tmp_path, monkeypatch, 
     assert not list((tmp_path / "cache" / "kernels").iterdir())
 
 
-def test_a_forked_child_computes_alone(library):
+def test_a_forked_child_computes_alone(c_kernels):
     weight = random_weight("Q4_0", 512, 256)
     linear, x = PackedLinear([pack_blocks(weight)]), torch.randn(2, 256)
     expected = linear(x)
     out = torch.empty(2, 512)
     child = os.fork()
     if child == 0:
-        address, _, _ = linear._plan[0]
-        library.crane_linear(address, x.data_ptr(), 2, 0, out.data_ptr(), 512, 0, 0)
-        os._exit(0 if torch.equal(out, expected) else 1)
+        try:
+            address, _, _ = linear._plan[0]
+            c_kernels.crane_linear(address, x.data_ptr(), 2, 0, out.data_ptr(), 512, 0, 0)
+        finally:  # whatever happens, the child must not go on with the tests
+            os._exit(0 if torch.equal(out, expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_what_was_measured_is_kept_and_a_broken_note_is_measured_again(library, tmp_path, monkeypatch):
+def test_what_was_measured_is_kept_and_a_broken_note_is_measured_again(c_kernels, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "_notes", tmp_path / "notes.json")
     assert native.measured("rows", lambda: 7) == 7
     assert native.measured("rows", lambda: 8) == 7
@@ -254,7 +246,7 @@ def test_what_was_measured_is_kept_and_a_broken_note_is_measured_again(library, 
     assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
 
 
-def test_rows_for_amx_are_measured_once_for_each_kind_and_shape(library, tmp_path, monkeypatch):
+def test_rows_for_amx_are_measured_once_for_each_kind_and_shape(c_kernels, tmp_path, monkeypatch):
     if not native.has_amx():
         pytest.skip("needs AMX")
     monkeypatch.setattr(native, "_notes", tmp_path / "notes.json")

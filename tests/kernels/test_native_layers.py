@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crane.kernels import native, registry
+from crane.kernels import registry
 from crane.kernels.activation import silu_mul
 from crane.kernels.attention import plan_attention
 from crane.kernels.norm import rms_norm
@@ -11,20 +11,13 @@ from crane.kernels.qkv_post import _case as qkv_post_case
 from crane.kernels.qkv_post import qkv_post
 from crane.kernels.registry import Case as KernelCase
 from crane.kernels.rope import position_tables, rope_tables
-from crane.runtime.settings import cache_dir
 from tests.kernels.cases import run_case
 from tests.kernels.test_attention import ROWS, Case
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def library():
-    """The kernels, loaded for one test."""
-    if native.load(cache_dir(), 2) is None:
-        pytest.skip(f"no C kernels here: {native.reason()}")
-    yield
-    native.unload()
+pytestmark = pytest.mark.usefixtures("c_kernels")
 
 
 # what is left to torch: layers of a decoder never ask for it

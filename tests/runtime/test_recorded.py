@@ -11,7 +11,6 @@ import weakref
 import pytest
 import torch
 
-from crane.kernels import native
 from crane.kernels.norm import rms_norm
 from crane.kernels.recording import Memory, NotRecordable, record
 from crane.models.config import load_config
@@ -22,22 +21,14 @@ from crane.runtime.batch import Row
 from crane.runtime.engine import Engine
 from crane.runtime.recorded import RecordedSteps
 from crane.runtime.sequence import Sequence
-from crane.runtime.settings import Settings, cache_dir
+from crane.runtime.settings import Settings
 from crane.runtime.types import Generate, SamplingParams
 from tests.models.paged import PagedRun
 from tests.tiny import make_tiny
 
 PAGE = 4
 NUM_PAGES = 640
-
-
-@pytest.fixture(autouse=True)
-def library():
-    """The kernels, loaded for one test."""
-    if native.load(cache_dir(), 2) is None:
-        pytest.skip(f"no C kernels here: {native.reason()}")
-    yield
-    native.unload()
+pytestmark = pytest.mark.usefixtures("c_kernels")
 
 
 def load(path, dtype=torch.bfloat16):
