@@ -71,6 +71,16 @@ def test_api_cost_compares_the_api_with_a_bare_application(tmp_path):
         assert row["ms_per_1000_chunks_of_64"]["bare"] > 0 and row["ms_per_1000_chunks_of_512"]["crane"] > 0
 
 
+def test_bench_served_compares_a_server_with_the_engine_alone(tmp_path):
+    model = make_tiny(tmp_path / "tiny", "qwen2")
+    done = run_tool("bench_served.py", str(model), "--clients", "2", "--rounds", "1", "--max-tokens", "8",
+                    "--prompt-words", "5", "--engine-on", "0", "--worker-on", "0")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert row["requests"] == 4 and row["alone tokens_per_s"] > 0 and row["cpu s engine"] >= 0
+    assert float(row["tokens_per_s ratio"].split()[0]) > 0
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 def test_profile_step_divides_a_step_into_its_parts(tmp_path, recorded):
     if recorded and (native.load(cache_dir(), 2) is None or not native.has_amx()):

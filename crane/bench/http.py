@@ -118,11 +118,15 @@ async def check(server: Server, options, model: str) -> None:
         raise SettingsError(f"check failed: {streamed.num_tokens} tokens came, not {options.max_tokens}")
 
 
-async def closed_loop(server: Server, options, model: str, num_clients: int, salt: int) -> list[Result]:
-    """Every client sends its next request when its last one is answered. salt: other prompts for each."""
+def bodies_for(options: argparse.Namespace, model: str, num_clients: int, salt: int) -> list[dict]:
+    """What so many clients ask for in a round, the last first. salt: other prompts for each round."""
     rng = random.Random(1000 * num_clients + salt)
-    bodies = [body_for(options, model, rng) for _ in range(max(options.requests, 2 * num_clients))]
-    results: list[Result] = []
+    return [body_for(options, model, rng) for _ in range(max(options.requests, 2 * num_clients))]
+
+
+async def closed_loop(server: Server, options, model: str, num_clients: int, salt: int) -> list[Result]:
+    """Every client sends its next request when its last one is answered."""
+    bodies, results = bodies_for(options, model, num_clients, salt), []
 
     async def client() -> None:
         while bodies:

@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""What serving takes from the engine: the same requests through `crane serve` and in an engine alone, in turns.
+
+    python tools/bench_served.py MODEL --clients 1,8,32 --rounds 5
+    python tools/bench_served.py MODEL --engine-on 0 --worker-on 1 --client-on 1     affinity
+
+Clients stream over HTTP as those of `crane bench http` do, on the same cores as everything else. The engine alone is
+another process, idle while the server works, that is given the same tokens in the same order. Checked first: one
+greedy request must give the same text both ways. Ratios above 1: the server is ahead. Ends in one JSON line.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from crane.bench import http  # noqa: E402
+from crane.bench.report import numbers, table  # noqa: E402
+from crane.models.files import open_checkpoint  # noqa: E402
+from crane.models.tokenizer import load_tokenizer  # noqa: E402
+from crane.runtime.settings import Settings  # noqa: E402
+from crane.runtime.types import Generate, SamplingParams  # noqa: E402
+
+FIGURES = {"tokens_per_s": 1, "ttft_ms_p50": -1, "itl_ms_p50": -1}  # and whether more of it is better
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--clients", default="1,8,32", help="streams at a time (default: 1,8,32)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--prompt-words", type=int, default=100)
+    parser.add_argument("--requests", type=int, default=4, help="per run, at least two per client")
+    parser.add_argument("--engine-on", help="cores of the engine, e.g. 0,1: served and alone")
+    parser.add_argument("--worker-on", help="cores of the API worker")
+    parser.add_argument("--client-on", help="cores of this process, the clients")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        return alone(options)
+    with serving(options.model) as (url, pids), engine_alone(options.model) as child:
+        pin(options, pids, child.pid)
+        rows = asyncio.run(measure(options, url, pids, child))
+    print(table(rows))
+    print(json.dumps({"benchmark": "served", "model": options.model, "rows": rows}))
+    return 0
+
+
+async def measure(options, url: str, pids: dict[str, int], child) -> list[dict]:
+    """A row per load: medians of the figures, and of their ratios to those of the engine alone, with the range."""
+    server = http.Server(url)
+    model = (await server.json("GET", "/v1/models"))["data"][0]["id"]
+    streamed = await server.stream(http.bodies_for(options, model, 1, 999)[-1])
+    wanted = ask(child, options, model, 1, 999)["text"]
+    if streamed.error or streamed.text != wanted:
+        sys.exit(f"bench_served: check failed: {streamed.error or streamed.text!r} is not {wanted!r}")
+    rows = []
+    for count in numbers("--clients", options.clients):
+        pairs = []
+        for salt in range(options.rounds):
+            used = {name: http.cpu_s(pid) for name, pid in pids.items()}
+            started_s = time.perf_counter()
+            results = await http.closed_loop(server, options, model, count, salt)
+            ours = http.row(f"{count} streams", results, time.perf_counter() - started_s, 0, None)
+            ours |= {f"cpu s {name}": round(http.cpu_s(pid) - used[name], 2) for name, pid in pids.items()}
+            pairs.append((ours, ask(child, options, model, count, salt)["row"]))
+        rows.append(compared(pairs))
+        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    return rows
+
+
+def compared(pairs: list[tuple[dict, dict]]) -> dict:
+    """Medians of both sides, and of the rounds' ratios."""
+    ours, theirs = zip(*pairs)
+    found = {name: value if isinstance(value, str) else round(statistics.median(row[name] for row in ours), 2)
+             for name, value in ours[0].items()}  # fmt: skip
+    for name, better in FIGURES.items():
+        found[f"alone {name}"] = round(statistics.median(row[name] for row in theirs), 2)
+        ratios = sorted((mine[name] / max(other[name], 1e-9)) ** better for mine, other in pairs)
+        found[f"{name} ratio"] = f"{statistics.median(ratios):.3f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+    return found
+
+
+def alone(options) -> int:
+    """The child: an engine that is asked for one load a line, [clients, salt], and answers with its figures."""
+    from crane.runtime.server import load_engine
+
+    engine, tokenizer = load_engine(Settings(model_path=options.model)), load_tokenizer(open_checkpoint(options.model))
+    engine.rest()
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        count, salt = json.loads(line)
+        todo = http.bodies_for(options, "", count, salt)
+        if salt == 999:  # the check's
+            todo = todo[-1:]
+        started_s = time.perf_counter()
+        results, tokens = run_closed(engine, tokenizer, todo, count, f"{count}-{salt}")
+        row = http.row("alone", results, time.perf_counter() - started_s, 0, None)
+        print(json.dumps({"row": row, "text": tokenizer.decode(tokens)}), flush=True)
+    return 0
+
+
+def run_closed(engine, tokenizer, bodies: list[dict], count: int, name: str) -> tuple[list[http.Result], list[int]]:
+    """All bodies, so many at a time; a chunk is what one step gives. The last result's tokens besides."""
+    results: dict[str, http.Result] = {}
+    tokens: dict[str, list[int]] = {}
+
+    def add() -> None:
+        body, rid = bodies.pop(), f"{name}-{len(results)}"
+        ids = tokenizer.encode(body["prompt"], True)
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=body["max_tokens"])
+        results[rid], tokens[rid] = http.Result(time.perf_counter(), num_prompt=len(ids)), []
+        engine.add(Generate(rid, ids, params))
+
+    for _ in range(min(count, len(bodies))):
+        add()
+    while engine.has_work:
+        for output in engine.step():
+            result = results[output.rid]
+            result.chunks_s.append(time.perf_counter())
+            result.num_tokens += len(output.token_ids)
+            tokens[output.rid] += output.token_ids
+            if output.finish_reason and bodies:
+                add()
+    return list(results.values()), tokens[next(reversed(tokens))]
+
+
+def ask(child, options, model: str, count: int, salt: int) -> dict:
+    child.stdin.write(json.dumps([count, salt]) + "\n")
+    child.stdin.flush()
+    return json.loads(child.stdout.readline() or sys.exit("bench_served: the engine alone has ended"))
+
+
+@contextlib.contextmanager
+def engine_alone(model: str):
+    """The child process, once it is ready."""
+    command = [sys.executable, __file__, model, "--alone", *sys.argv[2:]]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        if child.stdout.readline().strip() != '"ready"':
+            sys.exit("bench_served: the engine alone did not start")
+        yield child
+        child.stdin.close()
+
+
+@contextlib.contextmanager
+def serving(model: str):
+    """(URL, process ids by what they are) of a `crane serve` of its own, once it is ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "crane", "serve", "--model-path", model, "--host", "127.0.0.1", "--port",
+               str(port), "--workers", "1"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(OSError):
+                if urllib.request.urlopen(f"http://127.0.0.1:{port}/ready").status == 200:
+                    break
+            time.sleep(0.2)
+        else:
+            sys.exit(f"bench_served: crane serve ended with status {process.returncode}")
+        time.sleep(2.5)  # what is prepared in the first second without work
+        yield f"http://127.0.0.1:{port}", children(process.pid)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def children(pid: int) -> dict[str, int]:
+    """The engine's and the worker's process id, of a `crane serve` with one worker."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        is_engine = b"crane.runtime.server" in Path(f"/proc/{child}/cmdline").read_bytes()
+        found["engine" if is_engine else "worker"] = int(child)
+    return found
+
+
+def pin(options, pids: dict[str, int], alone_pid: int) -> None:
+    """Bind processes, all their threads, to the cores that the options name."""
+    bound = [(options.engine_on, pids["engine"]), (options.engine_on, alone_pid), (options.worker_on, pids["worker"]),
+             (options.client_on, os.getpid())]  # fmt: skip
+    for cores, pid in bound:
+        for task in os.listdir(f"/proc/{pid}/task") if cores else ():
+            os.sched_setaffinity(int(task), numbers_of(cores))
+
+
+def numbers_of(cores: str) -> set[int]:
+    return {int(core) for core in cores.split(",")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
