@@ -8,8 +8,8 @@ are float32.
 
 Rows of one token (decode) run in groups of similar length, the query heads that share a
 K/V head folded into one small matrix. Longer rows run one by one. Where there are C kernels,
-rows of few tokens do neither: see `streamed`. What depends on the step only, not on the
-layer, is worked out once, by `plan_attention`.
+rows of few tokens do neither, and longer ones do not where there is AMX: see `streamed`. What
+depends on the step only, not on the layer, is worked out once, by `plan_attention`.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from crane.kernels.paged_plan import PagedPlan, plan_rows
 from crane.kernels.pages import gather_kv, slot_index
 from crane.kernels.registry import kernel
 from crane.kernels.rows import why_not_pages
-from crane.kernels.streamed import StreamedRows, streamed_attention, streams
+from crane.kernels.streamed import StreamedRows, TiledRows, streamed_attention, streams, tiled_attention, tiles
 
 # Padding a row to its group's longest costs work; one more group costs a round of small
 # operations, about as much as this many padded elements of K.
@@ -74,6 +74,7 @@ class AttentionPlan:
     decode: list[DecodeGroup]
     prefill: list[PrefillRow]
     streamed: StreamedRows | None = None
+    tiled: TiledRows | None = None
 
 
 def _plan_torch(
@@ -96,11 +97,16 @@ def _plan_torch(
         groups = [[row] for row in single]
     else:
         groups = _group_by_length(single, context_lens, kv.shape[4] * kv.shape[5])
+    tiled = None
+    if longer and tiles(kv):
+        facts = [(query_starts[row], query_lens[row], row, context_lens[row]) for row in longer]
+        tiled, longer = TiledRows(torch.tensor(facts), page_table.contiguous()), []
     return AttentionPlan(
         [_plan_decode(rows, query_starts, context_lens, page_table, kv) for rows in groups],
         [_plan_prefill(query_starts[row], query_lens[row], context_lens[row], page_table[row], kv)
          for row in longer],
         _plan_streamed(short, query_lens, query_starts, context_lens, page_table) if short else None,
+        tiled,
     )
 
 
@@ -131,6 +137,8 @@ def paged_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if plan.streamed:
         streamed_attention(q, out, kv, layer, plan.streamed, scale)
+    if plan.tiled:
+        tiled_attention(q, out, kv, layer, plan.tiled, scale)
     for group in plan.decode:
         attended = _decode(q.index_select(0, group.tokens), kv, layer, group, scale)
         out.index_copy_(0, group.tokens, attended)

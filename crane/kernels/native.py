@@ -48,6 +48,7 @@ _SIGNATURES = {
     "crane_qkv_post": (None, [_POINTER] * 6 + [c_int64] * 6 + [c_float, c_int32, c_int32]),
     "crane_angles": (None, [_POINTER] * 4 + [c_int64] * 2 + [c_float]),
     "crane_decode": (c_int32, [_POINTER] * 7 + [c_int64] * 9 + [c_float, c_int32]),
+    "crane_prefill": (c_int32, [_POINTER] * 5 + [c_int64] * 9 + [c_float]),
     "crane_record": (c_int32, []),
     "crane_recorded": (_POINTER, []),
     "crane_forget": (None, [_POINTER]),

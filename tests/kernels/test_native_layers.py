@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from crane.kernels import registry
+from crane.kernels import native, registry
 from crane.kernels.activation import silu_mul
-from crane.kernels.attention import plan_attention
+from crane.kernels.attention import paged_attention, plan_attention
 from crane.kernels.norm import rms_norm
 from crane.kernels.qkv_post import _case as qkv_post_case
 from crane.kernels.qkv_post import qkv_post
@@ -97,10 +97,70 @@ def test_a_row_is_the_same_bit_for_bit_alone_and_in_company(dtype):
 
 def test_short_rows_are_streamed_and_long_ones_are_not():
     case = Case([(1, 40), (8, 8), (9, 21)])
-    plan = plan_attention(case.kv, case.query_lens, case.query_starts, case.context_lens, case.page_table)
-    assert not plan.decode and len(plan.prefill) == 1
-    assert plan.streamed.tokens.tolist() == list(range(9))
-    assert plan.streamed.lengths.tolist() == [40, *range(1, 9)]
+    assert not plan(case).decode and len(plan(case).prefill) == 1
+    assert plan(case).streamed.tokens.tolist() == list(range(9))
+    assert plan(case).streamed.lengths.tolist() == [40, *range(1, 9)]
+
+
+PROMPTS = {
+    "short": [(9, 9), (17, 17)],
+    "beside single tokens": [(1, 40), (33, 33), (1, 300), (12, 270), (3, 9)],
+    "behind a prefix": [(130, 700), (9, 257), (300, 513)],
+    "ends of blocks and tiles": [(256, 256), (32, 512), (16, 272), (257, 257)],
+}
+TILED = {"page_size": 16, "head_dim": 64, "dtype": torch.bfloat16}
+
+
+@pytest.fixture
+def amx(c_kernels):
+    """For what is computed on AMX only."""
+    if not native.has_amx():
+        pytest.skip("no AMX here")
+
+
+def plan(case):
+    return plan_attention(case.kv, case.query_lens, case.query_starts, case.context_lens, case.page_table)
+
+
+@pytest.mark.usefixtures("amx")
+@pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, page_size",
+    [(14, 2, 64, 16), (4, 4, 128, 32), (40, 1, 32, 16), (6, 2, 96, 64), (2, 1, 256, 48)],
+)
+def test_attention_of_prompts_on_amx_equals_attention_written_out(rows, heads, kv_heads, head_dim, page_size):
+    case = Case(rows, **TILED | {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size})
+    case.q *= 3
+    assert len(plan(case).tiled.rows) == sum(count > 8 for count, _ in rows) and not plan(case).prefill
+    torch.testing.assert_close(case.run().double(), case.expected(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("amx")
+def test_weights_of_prompts_hold_where_scores_are_large():
+    case = Case([(40, 300)], **TILED)
+    case.q *= 30  # scores of some hundreds: all but one weight of a token vanish
+    torch.testing.assert_close(case.run().double(), case.expected(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("amx")
+def test_a_prompts_token_is_the_same_bit_for_bit_alone_in_company_and_in_pieces():
+    rows = [(300, 300), (20, 290), (513, 800), (1, 40)]
+    case = Case(rows, heads=7, kv_heads=1, **TILED)
+    together = case.run()
+    for row, (count, length) in enumerate(rows):
+        for first in (0, 1, 13, 128, 200, 262):
+            left, start = count - first, case.query_starts[row] + first
+            if left > 8:
+                steps = plan_attention(case.kv, [left], [0], [length], case.page_table[row : row + 1])
+                q = case.q[start : start + left]
+                alone = paged_attention(q, None, None, case.kv, case.layer, steps, case.scale)
+                assert torch.equal(alone, together[start : start + left])
+
+
+@pytest.mark.usefixtures("amx")
+@pytest.mark.parametrize("other", [{"dtype": torch.float32}, {"head_dim": 48}, {"page_size": 8}], ids=str)
+def test_prompts_that_tiles_cannot_take_stay_in_torch(other):
+    assert [len(plan(Case([(9, 21)], **TILED | each)).prefill) for each in ({}, other)] == [0, 1]
 
 
 def test_a_kernel_that_is_ruled_out_computes_in_torch():
