@@ -60,7 +60,7 @@ def main() -> int:
     start(engine, options.batch, options.context)
     plain_ms = 1000 * statistics.median(timed(engine.step) for _ in range(options.steps))
     steps, pages = engine.runner.graphs, engine.runner.kv
-    recording = steps.recording(options.batch) if isinstance(steps, RecordedSteps) else None
+    recording = steps.recording(options.batch, best=True) if isinstance(steps, RecordedSteps) else None
     parts = by_kernel(engine, recording, options.steps) if recording else profiled(engine, options.steps)
     bandwidth = read_bandwidth()
     limit_ms = 1000 * weight_bytes(engine.runner.model) / bandwidth
@@ -74,14 +74,13 @@ def main() -> int:
 
 
 def by_kernel(engine: Engine, recording: Recording, steps: int) -> dict[str, float]:
-    """Milliseconds a step in each kernel, of which the last call is the output layer, and outside of them; medians."""
+    """Milliseconds a step in each kernel and outside of them; medians."""
     replays, inside = [], []
     recording.replay = lambda: inside.append(timed(lambda: replays.append(recording.timed())))
     outside = [timed(engine.step) - inside[-1] for _ in range(steps)]
     found: Counter[str] = Counter(outside=1000 * statistics.median(outside))
     for place, (name, _) in enumerate(replays[0]):
-        label = "output layer" if place == len(replays[0]) - 1 else name
-        found[label] += 1000 * statistics.median(calls[place][1] for calls in replays)
+        found[name] += 1000 * statistics.median(calls[place][1] for calls in replays)
     return {name: round(ms, 3) for name, ms in found.most_common()}
 
 

@@ -43,6 +43,7 @@ _SIGNATURES = {
     "crane_pack_file": (c_int32, [_POINTER] + [c_int32] * 2 + [c_int64] * 4),
     "crane_rows": (None, [_POINTER, _POINTER, c_int64, _POINTER, c_int32]),
     "crane_linear": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int64, c_int32, c_int32]),
+    "crane_best": (c_int32, [_POINTER, _POINTER, c_int64, c_int32, c_int32, c_int64, _POINTER]),
     "crane_rms_norm": (None, [_POINTER, _POINTER, c_float, _POINTER, _POINTER, c_int64, c_int64, c_int64, c_int32]),
     "crane_silu_mul": (None, [_POINTER, _POINTER, c_int64, c_int64, c_int32]),
     "crane_qkv_post": (None, [_POINTER] * 6 + [c_int64] * 6 + [c_float, c_int32, c_int32]),

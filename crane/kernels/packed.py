@@ -219,3 +219,13 @@ class PackedLinear:
             method = num_rows >= amx_rows and x.dtype == torch.bfloat16
             self._call(struct, x.data_ptr(), num_rows, code, at + start * size, width, out_code, method)
         return out
+
+    def best(self, x: Tensor, columns: int) -> Tensor:
+        """Where y has its maximum among the first `columns`, of equals the lowest: int64 [num_rows]. Of one part."""
+        ((struct, _, amx_rows),) = self._plan
+        x, num_rows = x.contiguous(), len(x)
+        ids, method = torch.empty(num_rows, dtype=torch.int64), num_rows >= amx_rows and x.dtype == torch.bfloat16
+        code = native.DTYPES[x.dtype]
+        if native.library().crane_best(struct, x.data_ptr(), num_rows, code, method, columns, ids.data_ptr()):
+            raise MemoryError("no memory to look for the best tokens in")
+        return ids

@@ -206,6 +206,11 @@ class LMHead:
             return self.linear(hidden, torch.float32)
         return self.linear(hidden).float()
 
+    def best(self, hidden: Tensor, columns: int) -> Tensor:
+        """The best of the first `columns` tokens; C kernels keep no logits for it: int64 [num_rows]."""
+        packed = isinstance(self.linear, PackedLinear)
+        return self.linear.best(hidden, columns) if packed else self(hidden)[:, :columns].argmax(-1)
+
 
 def rope_frequencies(config: RopeConfig, dim: int) -> tuple[Tensor, float]:
     """Angle per position of each rotated pair, and the factor on cos and sin.

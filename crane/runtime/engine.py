@@ -69,7 +69,7 @@ class Engine:
         self._graphs = self._recorded = None
         shape = self.memory.pages, settings.max_concurrent, self.memory.max_model_len
         if settings.recorded_steps and native.library() is not None:
-            self._recorded = RecordedSteps(model, *shape)
+            self._recorded = RecordedSteps(model, *shape, vocab_size)
         elif settings.cuda_graphs:
             self._graphs = DecodeGraphs(model, *shape)
         self.runner = ModelRunner(model, self.memory.pages, vocab_size, self._recorded or self._graphs)

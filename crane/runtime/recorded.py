@@ -3,7 +3,8 @@
 A step with a number of rows that was not met before is recorded while it is computed, which costs little more than
 the step. Its next one is computed in both ways and compared bit for bit; from then on the list is made again by one
 call, over buffers that hold what varies. The first number of rows that cannot be recorded, or gives something else,
-ends it for all, with the reason in the log and in `state`.
+ends it for all, with the reason in the log and in `state`. Where every row takes its best token, steps give these
+and no logits: they are lists of their own.
 """
 
 import logging
@@ -33,19 +34,19 @@ class RecordedSteps:
     """The decode steps of one engine, by number of rows: exact ones, because padding is work on a CPU.
 
     model: see `Decoder`. kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]. max_rows: of a step.
-    max_len: tokens of a sequence.
+    max_len: tokens of a sequence. vocab_size: ids that may be drawn.
     """
 
-    def __init__(self, model, kv: Tensor, max_rows: int, max_len: int):
-        self._model, self._kv, self._max_rows = model, kv, max_rows
+    def __init__(self, model, kv: Tensor, max_rows: int, max_len: int, vocab_size: int):
+        self._model, self._kv, self._max_rows, self._vocab_size = model, kv, max_rows, vocab_size
         self._max_pages = -(-max_len // kv.shape[3])
         self._numbers = torch.zeros(5, max_rows, dtype=torch.int64)  # token, position, slot, length, slot's index
         self._table = torch.zeros(max_rows, self._max_pages, dtype=torch.int64)
         self._inputs = StepInputs(self._numbers[:4].numpy(), self._table.numpy())
         self._places = torch.arange(max_rows)
         self._memory = Memory()
-        self._steps: OrderedDict[int, Recording] = OrderedDict()
-        self._proved: set[int] = set()  # of them those that were compared
+        self._steps: OrderedDict[tuple[int, bool], Recording] = OrderedDict()  # rows; whether they take the best
+        self._proved: set[tuple[int, bool]] = set()  # of them those that were compared
         self.reason = None if streams(kv) else "attention over these pages does not run in C"
 
     @property
@@ -56,54 +57,57 @@ class RecordedSteps:
     @property
     def state(self) -> str:
         """One line: for how many rows there are recorded steps, or why there are none."""
-        return self.reason or f"for {', '.join(map(str, sorted(self._proved))) or 'no'} rows so far"
+        counts = sorted({count for count, _ in self._proved})
+        return self.reason or f"for {', '.join(map(str, counts)) or 'no'} rows so far"
 
     def step_for(self, rows: list[Row]) -> "RecordedSteps | None":
         """Who runs these rows, when each computes one token and draws the next, and nothing special is wanted."""
         plain = all(row.count == 1 and row.samples and not (row.prompt_logits or row.sequence.pooling) for row in rows)
         return self if plain and self.reason is None and len(rows) <= self._max_rows else None
 
-    def recording(self, count: int) -> Recording | None:
-        """The recorded step of so many rows, if there is one that was compared."""
-        return self._steps[count] if count in self._proved else None
+    def recording(self, count: int, best: bool) -> Recording | None:
+        """The recorded step of so many rows, if there is one that was compared. best: that gives the best tokens."""
+        return self._steps[count, best] if (count, best) in self._proved else None
 
     @torch.inference_mode()
     def run(self, rows: list[Row], places: dict[Sequence, int], drawn: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Hidden states [len(rows), hidden] and logits [len(rows), vocab] of the rows' tokens, whose K/V are in their
-        pages then. The next call overwrites both. places, drawn: as in `Row.ahead`; None when nothing is unknown.
+        """Hidden states [len(rows), hidden] of the rows' tokens, whose K/V are in their pages then; and logits
+        [len(rows), vocab], or the next tokens, int64 [len(rows)], if all take the best. The next call overwrites both.
+        places, drawn: as in `Row.ahead`; None when nothing is unknown.
 
         Raises MemoryError.
         """
         count = len(rows)
+        kind = count, all(row.sequence.takes_best for row in rows)
         self._fill(rows, places)
         if drawn is not None:
             self._numbers[0, :count] = fill_in(self._numbers[0, :count], drawn)
-        step = self._steps.get(count)
+        step = self._steps.get(kind)
         if step is None:
-            return self._record(count)
-        self._steps.move_to_end(count)
+            return self._record(kind)
+        self._steps.move_to_end(kind)
         step.replay()
-        return step.results if count in self._proved else self._prove(count, step)
+        return step.results if kind in self._proved else self._prove(kind, step)
 
-    def _record(self, count: int) -> tuple[Tensor, Tensor]:
-        compute = self._step(count)
+    def _record(self, kind: tuple[int, bool]) -> tuple[Tensor, Tensor]:
+        compute = self._step(*kind)
         try:
-            step = record(compute, self._memory, -(-self._max_rows // count))
+            step = record(compute, self._memory, -(-self._max_rows // kind[0]))
         except NotRecordable as error:
             self._stop(logging.INFO, str(error))
             return compute()
-        self._steps[count] = step
+        self._steps[kind] = step
         if len(self._steps) > _MOST_STEPS:
             self._proved.discard(self._steps.popitem(last=False)[0])
         return step.results
 
-    def _prove(self, count: int, step: Recording) -> tuple[Tensor, Tensor]:
-        plain = self._step(count)()
+    def _prove(self, kind: tuple[int, bool], step: Recording) -> tuple[Tensor, Tensor]:
+        plain = self._step(*kind)()
         pairs = zip(plain, step.results, strict=True)
         if all(torch.equal(one.view(torch.uint8), other.view(torch.uint8)) for one, other in pairs):
-            self._proved.add(count)
+            self._proved.add(kind)
         else:
-            self._stop(logging.WARNING, f"a recorded step of {count} rows gives something else")
+            self._stop(logging.WARNING, f"a recorded step of {kind[0]} rows gives something else")
         return plain
 
     def _stop(self, level: int, reason: str) -> None:
@@ -117,7 +121,7 @@ class RecordedSteps:
         _, _, slots, _, index = self._numbers[:, : len(rows)].numpy()
         index[:] = slot_index(slots, self._kv)
 
-    def _step(self, count: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    def _step(self, count: int, best: bool) -> Callable[[], tuple[Tensor, Tensor]]:
         """What computes the rows that `_fill` was given."""
         tokens, positions, slots, lengths, index = self._numbers[:, :count]
         context = ForwardContext(
@@ -130,6 +134,6 @@ class RecordedSteps:
 
         def compute() -> tuple[Tensor, Tensor]:
             hidden = self._model(tokens, context)
-            return hidden, self._model.logits(hidden)
+            return hidden, self._model.head.best(hidden, self._vocab_size) if best else self._model.logits(hidden)
 
         return compute

@@ -115,6 +115,11 @@ class ModelRunner:
             hidden, logits = self._hidden(filled, starts, before, fixed), None  # [num_tokens, hidden]
         else:
             hidden, logits = step.run(rows, before.places, before.drawn if before.draws else None)
+        if logits is not None and logits.dtype == torch.int64:  # the tokens themselves
+            launched.drew(logits.clone(), [row.sequence for row in rows])
+            for found, token_id in zip(picked, logits.tolist(), strict=True):
+                found.token_id = token_id
+            return
         for row, found, first in zip(rows, picked, starts):
             if row.sequence.pooling:
                 self._pool(row, hidden[first : first + row.count], found, launched)

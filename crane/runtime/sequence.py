@@ -121,6 +121,14 @@ class Sequence:
         return self.constraint is not None and self.constraint.waits
 
     @property
+    def takes_best(self) -> bool:
+        """Its next token is the one with the largest logit; nothing changes logits, nobody asks for them."""
+        p = self.sampling
+        if p.temperature or p.logit_bias or p.logprobs is not None or self.penalised or self.constraint is not None:
+            return False
+        return self.num_output >= p.min_tokens
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Logits of prompt positions are wanted (once, for the first choice only)."""
         return self.sampling.prompt_logprobs and self.index == 0 and len(self.prompt_logprobs) < self.num_prompt - 1

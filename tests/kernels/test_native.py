@@ -120,6 +120,19 @@ def test_every_number_of_rows_and_any_last_panel_are_right(c_kernels, kind, meth
             assert (out[rows] == 7).all() and (out[:, features:] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_best_token_is_the_first_with_the_largest_logit_across_slices(c_kernels, dtype):
+    data = random_weight("Q8_0", 2600, 64).data
+    data[1300:] = data[:1300]  # every best one has an equal in another slice
+    linear = PackedLinear([pack("Q8_0", 2600, 64, [data])], torch.linspace(0, 0.1, 1300).repeat(2))
+    x = torch.randn(300, 64, generator=torch.manual_seed(0)).to(dtype)
+    x[1] = 0
+    for rows, columns in ((1, 2600), (7, 2595), (300, 2600), (300, 1290), (33, 1)):
+        expected = linear(x[:rows], torch.float32)[:, :columns].numpy().argmax(1)
+        assert linear.best(x[:rows], columns).tolist() == expected.tolist()
+    linear.best(x * torch.nan, 2600)  # gives anything, but ends
+
+
 def test_without_avx512_products_are_the_same(tmp_path, monkeypatch):
     flags = [flag.replace("=native", "=haswell").replace("-O3", "-O1") for flag in native._FLAGS]
     monkeypatch.setattr(native, "_FLAGS", flags)

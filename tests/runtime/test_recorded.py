@@ -42,19 +42,25 @@ def model(tmp_path):
 
 
 class World:
-    """Sequences over random keys and values: their next tokens by recorded steps and, on pages of its own, plainly."""
+    """Sequences over random keys and values: their next tokens by recorded steps and, on pages of its own, plainly.
 
-    def __init__(self, model, dtype=torch.bfloat16, max_rows=5):
+    takes_best: they are greedy.
+    """
+
+    VOCAB = 90  # tokens that may be drawn, fewer than the model has
+
+    def __init__(self, model, dtype=torch.bfloat16, max_rows=5, takes_best=False):
+        self.sampling = SamplingParams(temperature=float(not takes_best))
         torch.manual_seed(0)
         self.plain = PagedRun(model, NUM_PAGES, PAGE, dtype)
         self.plain.kv[:] = torch.randn(self.plain.kv.shape)
         self.kv = self.plain.kv.clone()
-        self.steps = RecordedSteps(model, self.kv, max_rows, 700)
+        self.steps = RecordedSteps(model, self.kv, max_rows, 700, self.VOCAB)
         self.rows: dict[str, Row] = {}
 
     def add(self, name, start):
         """A sequence whose first `start` tokens are computed."""
-        sequence = Sequence(Generate(name, [7] * (start + 1), SamplingParams()), 0, 1, frozenset())
+        sequence = Sequence(Generate(name, [7] * (start + 1), self.sampling), 0, 1, frozenset())
         sequence.pages = self.plain.pages[name] = [self.plain.free.pop() for _ in range(start // PAGE + 1)]
         self.plain.computed[name] = start
         self.rows[name] = Row(sequence, start, 1, True)
@@ -67,23 +73,27 @@ class World:
         """One token for each; asserts that both ways give the same bits."""
         rows = list(self.rows.values())
         assert self.steps.step_for(rows) is self.steps
-        hidden, logits = self.steps.run(rows, {}, None)
+        hidden, found = self.steps.run(rows, {}, None)
         tokens = [(name, row.sequence.token_ids[row.start :]) for name, row in self.rows.items()]
         expected = torch.cat(self.plain.step(tokens))  # which gives the sequences their next pages, too
-        assert torch.equal(logits, expected) and torch.isfinite(hidden.float()).all()
+        best = expected[:, : self.VOCAB].argmax(1)
+        assert torch.equal(found, expected if self.sampling.temperature else best)
+        assert torch.isfinite(hidden.float()).all()
         assert torch.equal(self.kv.view(torch.uint8), self.plain.kv.view(torch.uint8))
-        for row, best in zip(rows, logits.argmax(1).tolist(), strict=True):
+        for row, token_id in zip(rows, best.tolist(), strict=True):
             row.start += 1
-            row.sequence.token_ids.append(best)
+            row.sequence.token_ids.append(token_id)
             if row.start % PAGE == 0:
                 row.sequence.pages.append(self.plain.free.pop())
 
 
+@pytest.mark.parametrize("takes_best", [False, True], ids=["logits", "best"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "hunyuan"])
-def test_a_recorded_step_gives_what_the_plain_one_gives_to_the_last_bit(tmp_path, arch, dtype):
+def test_a_recorded_step_gives_what_the_plain_one_gives_to_the_last_bit(tmp_path, arch, dtype, takes_best):
     quant = "Q4_0" if arch == "llama" else "Q8_0"
-    world = World(load(make_tiny(tmp_path, arch, fmt="gguf", quant=quant, tied=arch == "qwen3"), dtype), dtype)
+    model = load(make_tiny(tmp_path, arch, fmt="gguf", quant=quant, tied=arch == "qwen3"), dtype)
+    world = World(model, dtype, takes_best=takes_best)
     for name, start in (("a", 0), ("b", 509), ("c", 30)):
         world.add(name, start)
     for _ in range(9):  # pages fill up, and b's context becomes two chunks

@@ -35,7 +35,7 @@ void crane_rows(const Weight *w, const int64_t *ids, int64_t count, void *out, i
     crane_call("embedding", run_rows, &p, sizeof p);
 }
 
-static int32_t run_linear(const void *argument) {
+int32_t crane_product(const void *argument) {
     Product p = *(const Product *)argument;
 #ifdef HAVE_AMX
     if (p.method == AMX && crane_has_amx()) { /* which also asks the system for permission */
@@ -53,5 +53,5 @@ void crane_linear(const Weight *w, const void *x, int64_t num_rows, int32_t dtyp
                   int32_t out_dtype, int32_t method) {
     Product p = {.w = w, .x = x, .out = out, .num_rows = num_rows, .out_stride = out_stride, .dtype = dtype,
                  .out_dtype = out_dtype, .method = method};
-    crane_call("product", run_linear, &p, sizeof p);
+    crane_call("product", crane_product, &p, sizeof p);
 }

@@ -18,6 +18,7 @@ typedef struct {
     Round *rounds; /* [num_columns / 32, num_rows] */
 } Product;
 
+int32_t crane_product(const void *product); /* linear.c: by its method; 0 */
 void crane_integer_product(Product *p); /* integer.c */
 void crane_amx_product(Product *p);     /* amx.c, where HAVE_AMX */
 

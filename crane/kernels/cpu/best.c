@@ -1,0 +1,77 @@
+/* The best column of each row of x @ weight.T + bias: one slice of columns is computed after the other and looked
+through while the second cache has it, so that sums are neither written to memory nor read from it. */
+#include "product.h"
+#include <math.h>
+#include <stdlib.h>
+
+#define SLICE_BYTES (1 << 20) /* of sums */
+#define SLICE_LEAST 1024      /* columns */
+
+typedef struct {
+    const Weight *w;
+    const void *x;
+    int64_t num_rows, columns;
+    int64_t *ids;
+    int32_t dtype, method;
+} Best;
+
+typedef struct { const float *sums; int64_t count, stride, first, *ids; float *most; } Slice;
+
+/* The first place of a row's largest sum, if that is larger than those of the slices before. */
+static void search_row(void *argument, int64_t row) {
+    const Slice *s = argument;
+    const float *sums = s->sums + row * s->stride;
+    float largest = -INFINITY;
+    int64_t i = 0, at = 0;
+    vf most[4] = {SPREAD(-INFINITY), SPREAD(-INFINITY), SPREAD(-INFINITY), SPREAD(-INFINITY)};
+    for (; i + 64 <= s->count; i += 64)
+        for (int n = 0; n < 4; n++) most[n] = max_v(most[n], load_f(sums + i + 16 * n));
+    vf all = max_v(max_v(most[0], most[1]), max_v(most[2], most[3]));
+    for (int lane = 0; lane < 16; lane++) largest = fmaxf(largest, all[lane]);
+    for (; i < s->count; i++) largest = fmaxf(largest, sums[i]);
+    if (!(largest > s->most[row])) return;
+    for (int found = 0; at + 64 <= s->count; at += 64) {
+        for (int n = 0; n < 64; n++) found |= sums[at + n] == largest;
+        if (found) break;
+    }
+    while (at + 1 < s->count && sums[at] != largest) at++;
+    s->most[row] = largest, s->ids[row] = s->first + at;
+}
+
+static int32_t run_best(const void *argument) {
+    const Best *p = argument;
+    static __thread float *room;
+    static __thread int64_t size;
+    int64_t width = SLICE_BYTES / 4 / p->num_rows / 64 * 64;
+    width = width < SLICE_LEAST ? SLICE_LEAST : width;
+    int64_t stride = width + 16; /* no power of two, or all rows would want the same lines of the first cache */
+    if (size < stride * p->num_rows) {
+        free(room);
+        room = aligned_alloc(64, (size = stride * p->num_rows) * 4);
+        if (!room) return size = 0, 1;
+    }
+    float most[p->num_rows];
+    for (int64_t row = 0; row < p->num_rows; row++) most[row] = -INFINITY, p->ids[row] = 0;
+    for (int64_t first = 0; first < p->columns; first += width) {
+        int64_t count = p->columns - first < width ? p->columns - first : width;
+        Weight part = *p->w;
+        part.panels += first / LANES * num_tiles(p->w) * tile_bytes(p->w);
+        part.bias = part.bias ? part.bias + first : NULL;
+        part.num_rows = count;
+        Product product = {.w = &part, .x = p->x, .out = room, .num_rows = p->num_rows, .out_stride = stride,
+                           .dtype = p->dtype, .out_dtype = FLOAT32, .method = p->method};
+        crane_product(&product);
+        Slice slice = {room, count, stride, first, p->ids, most};
+        crane_parallel(search_row, &slice, p->num_rows);
+    }
+    return 0;
+}
+
+/* x: [num_rows, num_columns] of dtype, contiguous. ids: [num_rows], where among the first `columns` of the weight's rows
+each row of x has its largest product, of equals the lowest. method: as for `crane_linear`. Returns 0, or 1 when there
+is no memory. */
+int32_t crane_best(const Weight *w, const void *x, int64_t num_rows, int32_t dtype, int32_t method, int64_t columns,
+                   int64_t *ids) {
+    Best p = {w, x, num_rows, columns, ids, dtype, method};
+    return crane_call("best token", run_best, &p, sizeof p);
+}
