@@ -34,7 +34,13 @@ INLINE void store_b(void *p, vi v) { vb b = __builtin_convertvector(v, vb); memc
 INLINE vf from_bf16(vh v) { return (vf)(__builtin_convertvector(v, vu) << 16); }
 /* round to nearest even, as torch does */
 INLINE vu round_bf16(vf v) { vu u = (vu)v; return u + 0x7fff + ((u >> 16) & 1); }
-INLINE vh to_bf16(vf v) { return __builtin_convertvector(round_bf16(v) >> 16, vh); }
+INLINE vh to_bf16(vf v) {
+#ifdef __AVX512BF16__
+    return (vh)_mm512_cvtneps_pbh((__m512)v); /* what is below 1e-38 becomes 0 */
+#else
+    return __builtin_convertvector(round_bf16(v) >> 16, vh);
+#endif
+}
 INLINE float from_bf16_1(uint16_t v) { uint32_t u = (uint32_t)v << 16; float f; memcpy(&f, &u, 4); return f; }
 INLINE uint16_t to_bf16_1(float f) { uint32_t u; memcpy(&u, &f, 4); return (u + 0x7fff + ((u >> 16) & 1)) >> 16; }
 INLINE float from_f16_1(uint16_t v) { return _cvtsh_ss(v); }
@@ -77,9 +83,17 @@ INLINE int32_t largest_i(vi v) {
     int32_t d = c[0] > c[2] ? c[0] : c[2], e = c[1] > c[3] ? c[1] : c[3];
     return d > e ? d : e;
 }
-INLINE vf max_v(vf a, vf b) { vi larger = a > b; return (vf)(((vi)a & larger) | ((vi)b & ~larger)); }
+/* The larger one; b where either is no number. */
+INLINE vf max_v(vf a, vf b) {
+#ifdef __AVX512F__
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    vi larger = a > b;
+    return (vf)(((vi)a & larger) | ((vi)b & ~larger));
+#endif
+}
 
-/* exp to 2 ulp for x <= 0 and down to where it leaves float; -inf gives a number below 1e-37.
+/* exp to 2 ulp for x <= 88 and down to where it leaves float; -inf gives a number below 1e-37.
 x = n ln 2 + r, exp(r) by its Taylor polynomial of degree 7 on |r| <= ln 2 / 2. */
 INLINE vf exp_v(vf x) {
     x = max_v(x, SPREAD(-87.0f));
@@ -90,6 +104,17 @@ INLINE vf exp_v(vf x) {
     const float inverse_factorials[] = {1.3888889e-3f, 8.3333333e-3f, 4.1666667e-2f, 1.6666667e-1f, 0.5f, 1, 1};
     for (int i = 0; i < 7; i++) p = p * r + SPREAD(inverse_factorials[i]);
     return (vf)((vi)p + ((vi)shifted << 23));
+}
+
+/* 2^x to 3e-6, for what is rounded to bfloat16, of x < 127; exactly 0 from -127 down. By a polynomial on [-1/2, 1/2]. */
+INLINE vf exp2_v(vf x) {
+    x = max_v(x, SPREAD(-127.0f));
+    vf shifted = x + SPREAD(12582912.0f), r = x - (shifted - SPREAD(12582912.0f)), y = SPREAD(9.58285312e-3f);
+    y = y * r + SPREAD(5.59064259e-2f);
+    y = y * r + SPREAD(2.40240986e-1f);
+    y = y * r + SPREAD(6.93124193e-1f);
+    y = y * r + SPREAD(1.0f);
+    return (vf)((vi)y + ((vi)shifted << 23));
 }
 
 /* Activations are bfloat16 or float32. */

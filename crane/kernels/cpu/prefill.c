@@ -3,7 +3,7 @@
     out[t, h] = softmax(scale * q[t, h] . K[0..p(t), h / group]) @ V[0..p(t), h / group]
 
 The query heads of one K/V head are rows: row r is head r % group of token r / group. A task is up to MOST_ROWS of them;
-it takes the positions a block at a time, and 16 rows a tile. Both products are computed with rows as columns,
+it takes the positions a block at a time, and 32 rows, two tiles. Both products are computed with rows as columns,
 K @ q^T and V^T @ weights, so that a lane of each vector between them is a row, and nothing is summed across lanes:
 keys are used as they lie, and only values are transposed, once for all rows of a task.
 
@@ -28,20 +28,19 @@ typedef struct {
 } Prefill;
 
 #ifdef HAVE_AMX
-#define BLOCK 256      /* positions */
+#define BLOCK 256 /* positions */
 #define MOST_ROWS 256
-#define TILES (MOST_ROWS / 16)
 #define MAX_DIM 256
 
-/* What a thread computes a task in. */
+/* What a thread computes a task in; rows are counted by tiles. */
 typedef struct {
-    vf scores[BLOCK];              /* by position */
-    vu weights[BLOCK / 2];         /* [positions / 2][16 rows][2] */
+    vf scores[2][BLOCK];             /* by position */
+    vu weights[2][BLOCK / 2];        /* [positions / 2][16 rows][2] */
     vu values[BLOCK / 32 * MAX_DIM]; /* [positions / 32][head_dim][32] */
-    vi visible[TILES];             /* how many positions each row sees */
-    vf most[TILES], total[TILES];  /* largest score before scaling, sum of weights */
-    vf sums[TILES * MAX_DIM];      /* [tiles][head_dim][16 rows] */
-    vu queries[TILES * MAX_DIM / 2]; /* [tiles][head_dim / 2][16 rows][2] */
+    vi visible[MOST_ROWS / 16];      /* how many positions each row sees */
+    vf most[MOST_ROWS / 16], total[MOST_ROWS / 16]; /* largest score before scaling, sum of weights */
+    vf sums[MOST_ROWS / 16 * MAX_DIM];              /* [tiles][head_dim][16 rows] */
+    vu queries[MOST_ROWS / 16 * MAX_DIM / 2];       /* [tiles][head_dim / 2][16 rows][2] */
 } Room;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -103,74 +102,61 @@ INLINE void turn_values(const Prefill *p, const char *const *keys, int64_t count
         }
 }
 
-/* Scores of 16 rows and `count` positions, and of up to 63 more, which mean nothing. */
-INLINE void score(const char *const *keys, int64_t stride, int64_t count, int64_t dim, const vu *queries, vf *scores) {
-    for (int64_t t = 0; t < count; t += 64, keys += 4, scores += 64) {
+/* Scores of two tiles of rows and count positions, a multiple of 32; those a row may not see mean nothing. */
+INLINE void score(const char *const *keys, int64_t stride, int64_t count, int64_t dim, const vu *queries,
+                  vf scores[][BLOCK]) {
+    for (int64_t t = 0; t < count; t += 32, keys += 2) {
         _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
         for (int64_t i = 0; i < dim; i += 32) {
             _tile_loadd(4, queries + i / 2, 64);
-            _tile_loadd(5, keys[0] + i * 2, stride); _tile_dpbf16ps(0, 5, 4);
-            _tile_loadd(6, keys[1] + i * 2, stride); _tile_dpbf16ps(1, 6, 4);
-            _tile_loadd(5, keys[2] + i * 2, stride); _tile_dpbf16ps(2, 5, 4);
-            _tile_loadd(6, keys[3] + i * 2, stride); _tile_dpbf16ps(3, 6, 4);
+            _tile_loadd(5, queries + (dim + i) / 2, 64);
+            _tile_loadd(6, keys[0] + i * 2, stride); _tile_dpbf16ps(0, 6, 4); _tile_dpbf16ps(1, 6, 5);
+            _tile_loadd(7, keys[1] + i * 2, stride); _tile_dpbf16ps(2, 7, 4); _tile_dpbf16ps(3, 7, 5);
         }
-        _tile_stored(0, scores, 64); _tile_stored(1, scores + 16, 64);
-        _tile_stored(2, scores + 32, 64); _tile_stored(3, scores + 48, 64);
+        _tile_stored(0, scores[0] + t, 64); _tile_stored(1, scores[1] + t, 64);
+        _tile_stored(2, scores[0] + t + 16, 64); _tile_stored(3, scores[1] + t + 16, 64);
     }
 }
 
-/* 2^x for x <= 0, to 3e-6, by a polynomial on [-1/2, 1/2]; exactly 0 from -127 on. */
-INLINE vf exp2_v(vf x) {
-    x = (vf)_mm512_max_ps((__m512)x, _mm512_set1_ps(-127.0f));
-    vf shifted = x + SPREAD(12582912.0f); /* 1.5 * 2^23: the nearest integer in the low bits */
-    vf r = x - (shifted - SPREAD(12582912.0f)), y = SPREAD(9.58285312e-3f);
-    y = y * r + SPREAD(5.59064259e-2f);
-    y = y * r + SPREAD(2.40240986e-1f);
-    y = y * r + SPREAD(6.93124193e-1f);
-    y = y * r + SPREAD(1.0f);
-    return (vf)((vi)y + ((vi)shifted << 23));
-}
-
-/* Turns scores of count positions, a multiple of 32, into weights 2^(factor * (score - largest)); returns what earlier
-sums are to be multiplied with. visible: how many of these positions each row sees; all see the first `free`. */
-INLINE vf weigh(vf *scores, int64_t count, int64_t free, vi visible, float factor, vu *weights, vf *most, vf *total) {
-    for (int64_t t = free; t < count; t++) {
+/* Turns scores of count positions, a multiple of 32, into weights 2^(factor * (score - largest)), and makes the sums of
+earlier ones relative to the same largest score. visible: how many of these positions each row sees. */
+INLINE void weigh(vf *scores, int64_t count, vi visible, float factor, vu *weights, vf *most, vf *total, vf *sums,
+                  int64_t dim) {
+    for (int64_t t = visible[0] > 0 ? visible[0] : 0; t < count; t++) { /* the first row sees least */
         vi hidden = SPREAD_I((int32_t)t) >= visible;
         scores[t] = (vf)(((vi)scores[t] & ~hidden) | ((vi)SPREAD(-__builtin_inff()) & hidden));
     }
-    __m512 largest[4] = {(__m512)*most, (__m512)*most, (__m512)*most, (__m512)*most};
+    vf largest[4] = {*most, *most, *most, *most};
     for (int64_t t = 0; t < count; t += 4)
-        for (int64_t i = 0; i < 4; i++) largest[i] = _mm512_max_ps(largest[i], (__m512)scores[t + i]);
-    vf now = (vf)_mm512_max_ps(_mm512_max_ps(largest[0], largest[1]), _mm512_max_ps(largest[2], largest[3]));
+        for (int64_t i = 0; i < 4; i++) largest[i] = max_v(largest[i], scores[t + i]);
+    vf now = max_v(max_v(largest[0], largest[1]), max_v(largest[2], largest[3]));
     vf scale = SPREAD(factor), offset = now * scale, keep = exp2_v((*most - now) * scale), even = {}, odd = {};
     for (int64_t t = 0; t < count; t += 2) {
         vf a = exp2_v(scores[t] * scale - offset), b = exp2_v(scores[t + 1] * scale - offset);
         even += a, odd += b;
         weights[t / 2] = ((vu)a + 0x8000) >> 16 | (((vu)b + 0x8000) & 0xffff0000);
     }
-    *most = now, *total = *total * keep + (even + odd);
-    return keep;
+    *total = *total * keep + (even + odd);
+    if (_mm512_cmpneq_ps_mask((__m512)now, (__m512)*most))
+        for (int64_t i = 0; i < dim; i++) sums[i] *= keep;
+    *most = now;
 }
 
-/* sums = keep * sums + V^T @ weights; count: positions, a multiple of 32. */
-INLINE void add_values(const vu *values, const vu *weights, int64_t count, int64_t dim, vf keep, vf *sums) {
-    vf more[64];
+/* sums += V^T @ weights, for two tiles of rows; count: positions, a multiple of 32. */
+INLINE void add_values(const vu *values, vu weights[][BLOCK / 2], int64_t count, int64_t dim, vf *sums) {
     __asm__ volatile("" : : : "memory"); /* the intrinsics do not admit to reading what was just written */
-    for (int64_t i = 0; i < dim; i += 64, sums += 64) {
-        int64_t wide = least(dim - i, 64);
-        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (int64_t i = 0; i < dim; i += 32, sums += 32) {
+        _tile_loadd(0, sums, 64); _tile_loadd(1, sums + 16, 64);
+        _tile_loadd(2, sums + dim, 64); _tile_loadd(3, sums + dim + 16, 64);
         for (int64_t t = 0; t < count; t += 32) {
             const vu *from = values + t / 32 * dim + i;
-            _tile_loadd(4, weights + t / 2, 64);
-            _tile_loadd(5, from, 64); _tile_dpbf16ps(0, 5, 4);
-            _tile_loadd(6, from + 16, 64); _tile_dpbf16ps(1, 6, 4);
-            if (wide == 32) continue;
-            _tile_loadd(5, from + 32, 64); _tile_dpbf16ps(2, 5, 4);
-            _tile_loadd(6, from + 48, 64); _tile_dpbf16ps(3, 6, 4);
+            _tile_loadd(4, weights[0] + t / 2, 64);
+            _tile_loadd(5, weights[1] + t / 2, 64);
+            _tile_loadd(6, from, 64); _tile_dpbf16ps(0, 6, 4); _tile_dpbf16ps(2, 6, 5);
+            _tile_loadd(7, from + 16, 64); _tile_dpbf16ps(1, 7, 4); _tile_dpbf16ps(3, 7, 5);
         }
-        _tile_stored(0, more, 64); _tile_stored(1, more + 16, 64);
-        _tile_stored(2, more + 32, 64); _tile_stored(3, more + 48, 64);
-        for (int64_t n = 0; n < wide; n++) sums[n] = sums[n] * keep + more[n];
+        _tile_stored(0, sums, 64); _tile_stored(1, sums + 16, 64);
+        _tile_stored(2, sums + dim, 64); _tile_stored(3, sums + dim + 16, 64);
     }
 }
 
@@ -187,7 +173,7 @@ INLINE void store_tile(const Prefill *p, const Task *t, int64_t tile, int64_t di
 /* dim is a constant for the usual ones */
 INLINE void prefill(const Prefill *p, const Task *t, int64_t dim) {
     Room *room = crane_scratch(sizeof(Room));
-    int64_t tiles = (t->count + 15) / 16, stride = p->kv_heads * dim * 2;
+    int64_t tiles = (t->count + 31) / 32 * 2, stride = p->kv_heads * dim * 2;
     int64_t end = seen(p, t, t->first + t->count - 1);
     for (int64_t i = 0; i < tiles; i++) {
         turn_queries(p, t, i, dim, room->queries + i * dim / 2);
@@ -201,14 +187,14 @@ INLINE void prefill(const Prefill *p, const Task *t, int64_t dim) {
         const char *keys[BLOCK / 16];
         find_keys(p, t, begin, end, keys);
         turn_values(p, keys, least(BLOCK, end - begin), dim, room->values);
-        for (int64_t i = 0; i < tiles; i++) {
-            vi visible = room->visible[i] - SPREAD_I((int32_t)begin);
-            int64_t all = visible[0] > 0 ? visible[0] : 0, count = (least(visible[15], BLOCK) + 31) / 32 * 32;
+        for (int64_t i = 0; i < tiles; i += 2) {
+            int64_t count = (least(room->visible[i + 1][15] - begin, BLOCK) + 31) / 32 * 32;
             if (count <= 0) continue;
             score(keys, stride, count, dim, room->queries + i * dim / 2, room->scores);
-            vf keep = weigh(room->scores, count, all, visible, p->scale * 1.44269504f, room->weights, &room->most[i],
-                            &room->total[i]);
-            add_values(room->values, room->weights, count, dim, keep, room->sums + i * dim);
+            for (int64_t j = 0; j < 2; j++)
+                weigh(room->scores[j], count, room->visible[i + j] - SPREAD_I((int32_t)begin), p->scale * 1.44269504f,
+                      room->weights[j], &room->most[i + j], &room->total[i + j], room->sums + (i + j) * dim, dim);
+            add_values(room->values, room->weights, count, dim, room->sums + i * dim);
         }
     }
     _tile_release();
