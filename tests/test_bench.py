@@ -35,6 +35,7 @@ def test_the_engine_alone_gives_a_row_per_cell_and_ends_in_json(model, capsys):
     assert [(row["batch"], row["context"]) for row in document["rows"]] == [(1, 16), (2, 16)]
     for row in document["rows"]:
         assert row["crane prefill tok/s"] > 0 and row["crane decode tok/s"] > 0
+    assert document["machine"]
     (start_s,), (memory,) = document["start_s"].values(), document["peak_rss_bytes"].values()
     assert start_s > 0 and (memory > 50e6 or sys.platform != "linux")
 

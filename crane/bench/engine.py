@@ -13,6 +13,7 @@ import platform
 import statistics
 import sys
 import time
+from pathlib import Path
 
 from crane.bench import subjects
 from crane.bench.cell import Cell, Timing
@@ -82,11 +83,20 @@ def measure(options: argparse.Namespace) -> dict:
         for engine in engines:
             engine.close()
     return {
-        "benchmark": "engine", "model": options.model_path, "threads": threads, "machine": platform.processor(),
+        "benchmark": "engine", "model": options.model_path, "threads": threads, "machine": _machine(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "rounds": options.rounds,
         "start_s": {engine.name: round(engine.start_s, 3) for engine in engines},
         "peak_rss_bytes": memory, "rows": rows,
     }  # fmt: skip
+
+
+def _machine() -> str:
+    """The processor's name, where the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _row(cell: Cell, engines: list, rounds: int) -> dict:
