@@ -14,7 +14,7 @@ MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
 # House rule: the core (kernels, models, runtime) can be read in an afternoon; every API dialect adds its own files,
 # every kernel its Triton twin.
-MAX_TOTAL_LINES = 25_500
+MAX_TOTAL_LINES = 25_700
 
 # What the modules of each package may import from crane; `crane.errors` is open to all.
 FLOORS = {
