@@ -428,7 +428,7 @@ def _elements(function: str, constants: dict) -> int:
 _MODELS = (_FILTERS[2], (0.7, 0, 0.9, 0.0))
 sample = kernel(
     "sample", reference=sampling.sample, triton=_sample_triton, why_not=_why_not, traffic=_traffic, elements=_elements,
-    straight=("_scan_kernel", "_pick_kernel"),
+    straight=("_scan_kernel", "_pick_kernel"), in_c=sampling.sample_in_c,
     cases=(
         Case("every filter", _case(5000, 9, 3.0), (torch.float32,)),
         Case("small vocabulary", _case(50, 9, 2.0), (torch.float32,)),

@@ -115,7 +115,7 @@ def _traffic(logits: Tensor, rows: Tensor, **_) -> tuple[int, int]:
 
 log_probabilities = kernel(
     "log_probabilities", reference=sampling.log_probabilities, triton=_log_probabilities_triton, why_not=_why_not,
-    traffic=_traffic,
+    traffic=_traffic, in_c=sampling.log_probabilities_in_c,
     cases=(
         Case("some rows", _case(5000, 5, [0, 3, 4], 3, 20), (torch.float32,)),
         Case("the token alone", _case(4096, 3, [0, 1, 2], 0, 0), (torch.float32,)),

@@ -50,6 +50,8 @@ _SIGNATURES = {
     "crane_angles": (None, [_POINTER] * 4 + [c_int64] * 2 + [c_float]),
     "crane_decode": (c_int32, [_POINTER] * 7 + [c_int64] * 9 + [c_float, c_int32]),
     "crane_prefill": (c_int32, [_POINTER] * 5 + [c_int64] * 9 + [c_float]),
+    "crane_sample": (None, [_POINTER] * 18 + [c_int64] * 4),
+    "crane_log_probabilities": (None, [_POINTER] * 7 + [c_int64] * 5),
     "crane_record": (c_int32, []),
     "crane_recorded": (_POINTER, []),
     "crane_forget": (None, [_POINTER]),

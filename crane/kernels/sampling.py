@@ -9,13 +9,16 @@ state to save, swap or share.
 Filters work by value: a token is kept when its logit reaches the threshold, so tokens
 tied at the threshold are all kept and no order among equals is ever invented.
 
-The kernels `draw.sample` and `logprobs.log_probabilities` compute the same on a GPU; this is their reference.
+The kernels `draw.sample` and `logprobs.log_probabilities` compute the same on a GPU, cpu/sample.c where there are C
+kernels; this is their reference.
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from crane.kernels import native
 
 _MASK32 = 0xFFFFFFFF
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), table 2 and section 3.
@@ -24,8 +27,6 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 # Rows that top-k leaves with at most this many tokens never look at the rest of the vocabulary again.
 _NUM_CANDIDATES = 1024
 _SUB_BLOCK = 64
-# Logits of rows that are drawn from whole, at a time: 2 MB.
-_WHOLE_ELEMENTS = 1 << 19
 # Columns in which `best` looks for a maximum at a time.
 _ARGMAX_BLOCK = 4096
 
@@ -121,6 +122,20 @@ def sample(logits: Tensor, draws: Draws, changes: Changes, keep: bool = True) ->
     return drawn
 
 
+def sample_in_c(logits: Tensor, draws: Draws, changes: Changes, keep: bool = True) -> Tensor:
+    """`sample` by the C kernel, for rows of contiguous float32; logits are afterwards what they were in any case."""
+    if not _is_plain(logits):
+        return NotImplemented
+    drawn = torch.empty(len(logits), dtype=torch.int64)
+    places = [each.data_ptr() for each in (logits, *vars(draws).values(), *vars(changes).values(), drawn)]
+    native.library().crane_sample(*places, *logits.shape, logits.stride(0), changes.masks.shape[1])
+    return drawn
+
+
+def _is_plain(logits: Tensor) -> bool:
+    return logits.dtype == torch.float32 and logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
+
+
 def _rows_of(changes: Changes) -> Tensor:
     """int64 [num_places]: whose place each is."""
     rows = torch.arange(len(changes.mask_of), device=changes.starts.device)
@@ -201,17 +216,12 @@ def _draw_greedy(logits: Tensor, *_) -> Tensor:
 
 def _draw_whole(logits: Tensor, temperature: Tensor, limit: Tensor, top_p: Tensor, min_p: Tensor,
                 uniform: Tensor) -> Tensor:
-    """Rows without top-k and top-p: the whole vocabulary, less what min-p takes. A few rows at a time: what is made
-    of them stays in a core's cache, and its memory is met again."""
-    drawn = []
-    for start in range(0, len(logits), rows := max(_WHOLE_ELEMENTS // logits.shape[1], 1)):
-        some = slice(start, start + rows)
-        scaled = logits[some] / temperature[some, None]
-        if bool((min_p[some] > 0).any()):
-            floor = scaled.amax(-1, keepdim=True) + min_p[some, None].log()
-            scaled.masked_fill_(scaled < floor, -torch.inf)
-        drawn.append(_inverse_transform(scaled, uniform[some]))
-    return torch.cat(drawn)
+    """Rows without top-k and top-p: the whole vocabulary, less what min-p takes."""
+    scaled = logits / temperature[:, None]
+    if bool((min_p > 0).any()):
+        floor = scaled.amax(-1, keepdim=True) + min_p[:, None].log()
+        scaled.masked_fill_(scaled < floor, -torch.inf)
+    return _inverse_transform(scaled, uniform)
 
 
 def _draw_filtered(logits: Tensor, temperature: Tensor, limit: Tensor, top_p: Tensor, min_p: Tensor,
@@ -315,3 +325,16 @@ def log_probabilities(logits: Tensor, rows: Tensor, tokens: Tensor, listed: Tens
     norm = logits.logsumexp(1, keepdim=True)
     best = logits.topk(num_top, dim=1)
     return logits.gather(1, places) - norm, best.indices, best.values - norm
+
+
+def log_probabilities_in_c(logits: Tensor, rows: Tensor, tokens: Tensor, listed: Tensor,
+                           num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`log_probabilities` by the C kernel, for rows of contiguous float32. Of equals the lowest id comes first."""
+    if not _is_plain(logits):
+        return NotImplemented
+    sizes = *listed.shape, num_top
+    picked, top = torch.empty(len(rows), 1 + sizes[1]), torch.empty(len(rows), num_top)
+    ids = torch.empty(len(rows), num_top, dtype=torch.int64)
+    places = [each.data_ptr() for each in (logits, rows, tokens, listed, picked, ids, top)]
+    native.library().crane_log_probabilities(*places, *sizes, logits.shape[1], logits.stride(0))
+    return picked, ids, top

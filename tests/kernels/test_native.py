@@ -19,6 +19,7 @@ from crane.models.config import load_config
 from crane.models.files import Checkpoint, TensorInfo, open_checkpoint
 from crane.models.registry import load_model
 from crane.models.weights import Weights
+from tests.kernels import test_native_sampling
 from tests.models.paged import PagedRun
 from tests.tiny import make_tiny
 
@@ -133,7 +134,7 @@ def test_the_best_token_is_the_first_with_the_largest_logit_across_slices(c_kern
     linear.best(x * torch.nan, 2600)  # gives anything, but ends
 
 
-def test_without_avx512_products_are_the_same(tmp_path, monkeypatch):
+def test_without_avx512_products_and_draws_are_the_same(tmp_path, monkeypatch):
     flags = [flag.replace("=native", "=haswell").replace("-O3", "-O1") for flag in native._FLAGS]
     monkeypatch.setattr(native, "_FLAGS", flags)
     monkeypatch.setattr(native, "_library", None)
@@ -143,6 +144,8 @@ def test_without_avx512_products_are_the_same(tmp_path, monkeypatch):
     assert not native.has_amx()
     for kind in ("Q4_1", "Q5_0", "Q6_K", "Q8_0"):
         test_every_number_of_rows_and_any_last_panel_are_right(library, kind, 0)
+    test_native_sampling.check_cases()
+    test_native_sampling.test_whole_vocabularies_are_drawn_from_as_defined("flat")
 
 
 def test_weights_share_huge_pages(c_kernels):
