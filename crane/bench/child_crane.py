@@ -26,22 +26,28 @@ def main() -> None:
         if isinstance(taken, Rejected):
             sys.exit(f"bench: crane refuses a prompt of {len(ids)} tokens: {taken.message}")
 
+    def compute(cell: Cell, max_tokens: int) -> float:
+        """Seconds until the last of the cell's prompts has its first token."""
+        waiting = {f"{num_asked}-{place}-{max_tokens}" for place in range(cell.batch)}
+        for rid, ids in zip(sorted(waiting), prompts(cell, engine.info.vocab_size, num_asked), strict=True):
+            add(rid, ids, max_tokens=max_tokens)
+        started = time.perf_counter()
+        while waiting:
+            waiting -= {output.rid for output in engine.step()}
+        return time.perf_counter() - started
+
     def measure(cell: Cell) -> Timing:
         nonlocal num_asked
         num_asked += 1
-        # who starts first decodes while the others' prompts are computed: give everybody tokens enough to last
-        longest = engine.info.max_model_len - cell.context
-        for place, ids in enumerate(prompts(cell, engine.info.vocab_size, num_asked)):
-            add(f"{num_asked}-{place}", ids, max_tokens=longest)
-        started, waiting = time.perf_counter(), {f"{num_asked}-{place}" for place in range(cell.batch)}
-        while waiting:
-            waiting -= {output.rid for output in engine.step()}
-        prefilled, decoded = time.perf_counter(), 0
+        prefill_s = compute(cell, 1)  # as with the peers nobody decodes while others' prompts are computed
+        # again, mostly from the prefix cache; who starts first decodes at once: tokens enough that nobody ends
+        compute(cell, engine.info.max_model_len - cell.context)
+        started, decoded = time.perf_counter(), 0
         while decoded < cell.batch * cell.tokens:
             decoded += sum(len(output.token_ids) for output in engine.step())
-        done = time.perf_counter()
+        timing = Timing(prefill_s, time.perf_counter() - started, decoded)
         engine.abort(None)
-        return Timing(prefilled - started, done - prefilled, decoded)
+        return timing
 
     check(engine, add)
     answer(f"crane {engine.info.dtype}", measure)

@@ -61,10 +61,8 @@ def streamed_attention(q: Tensor, out: Tensor, kv: Tensor, layer: int, rows: Str
 
 def tiles(kv: Tensor) -> bool:
     """Whether `tiled_attention` can read such pages, which look as in `pages`."""
-    return (
-        streams(kv) and kv.dtype == torch.bfloat16 and native.has_amx()
-        and kv.shape[3] % _TILE == 0 and kv.shape[5] % (2 * _TILE) == 0
-    )  # fmt: skip
+    whole = kv.shape[3] % _TILE == 0 and kv.shape[5] % (2 * _TILE) == 0
+    return whole and streams(kv) and kv.dtype == torch.bfloat16 and native.has_amx()
 
 
 def tiled_attention(q: Tensor, out: Tensor, kv: Tensor, layer: int, rows: TiledRows, scale: float) -> None:
