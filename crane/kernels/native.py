@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -43,7 +43,8 @@ _SIGNATURES = {
     "crane_pack_file": (c_int32, [_POINTER] + [c_int32] * 2 + [c_int64] * 4),
     "crane_rows": (None, [_POINTER, _POINTER, c_int64, _POINTER, c_int32]),
     "crane_linear": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int64, c_int32, c_int32]),
-    "crane_best": (c_int32, [_POINTER, _POINTER, c_int64, c_int32, c_int32, c_int64, _POINTER]),
+    "crane_best": (c_int32, [_POINTER, _POINTER, c_int64, c_int32, c_int32, c_int64, _POINTER, _POINTER]),
+    "crane_screen": (None, [_POINTER, _POINTER, c_uint64]),
     "crane_rms_norm": (None, [_POINTER, _POINTER, c_float, _POINTER, _POINTER, c_int64, c_int64, c_int64, c_int32]),
     "crane_silu_mul": (None, [_POINTER, _POINTER, c_int64, c_int64, c_int32]),
     "crane_qkv_post": (None, [_POINTER] * 6 + [c_int64] * 6 + [c_float, c_int32, c_int32]),
@@ -66,6 +67,15 @@ class Weight(ctypes.Structure):
     _fields_ = [
         ("panels", c_void_p), ("bias", c_void_p), ("num_rows", c_int64), ("num_columns", c_int64),
         ("bits", c_int32), ("groups", c_int32), ("has_offset", c_int32), ("shift", c_int32),
+    ]  # fmt: skip
+
+
+class Screen(ctypes.Structure):
+    """`Screen` of product.h."""
+
+    _fields_ = [
+        ("weight", Weight), ("num_screened", c_int64), ("num_blocks", c_int64), ("num_whole", c_int64),
+        ("wait", c_int32), ("last_wait", c_int32),
     ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import itertools
 import math
 import mmap
 import os
+import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ PANEL_ROWS, _TILE_COLUMNS = 16, 32
 # Rows of x from which AMX may be faster than integers, although it widens the weight first: what is tried.
 _AMX_ROWS = (4, 6, 7, 8, 10, 12, 16, 24, 32)
 _NEVER = 1 << 62
+_MOST_SCREENED = 16384  # columns for which screen.c bounds what it misses
+_BLOCK_ROWS = 64  # what a screen spares, or not, together
 _CACHE_BYTES = 6 << 20  # more than two cores keep for themselves
 _ROOM_BYTES = 64 << 20
 _room = torch.empty(0, dtype=torch.uint8)
@@ -197,6 +200,7 @@ class PackedLinear:
         self.out_features = sum(part.shape[0] for part in parts)
         self.in_features = parts[0].shape[1]
         self._call = native.library().crane_linear
+        self.screen: native.Screen | None = None
         start = 0
         self._plan = []  # (the struct's address, first output feature, rows of x from which AMX multiplies)
         for part in parts:
@@ -220,12 +224,34 @@ class PackedLinear:
             self._call(struct, x.data_ptr(), num_rows, code, at + start * size, width, out_code, method)
         return out
 
+    def add_screen(self, seed: int | None = None) -> None:
+        """Let `best` read a copy in 4 bits first, and little else, of a weight of one part that has many more.
+
+        seed: of 64 bits, for how the copy is rounded; else one that nobody knows. See `cpu/screen.c`.
+        """
+        (weight,) = self.parts
+        if weight.struct.bits not in (6, 8) or self.in_features > _MOST_SCREENED:
+            return
+        self.screen = native.Screen(native.Weight(None, weight.struct.bias, *weight.shape, 4, 1, 0, 8))
+        self._screen_panels = _allocate(native.library().crane_weight_bytes(ctypes.byref(self.screen.weight)))
+        self.screen.weight.panels = self._screen_panels.data_ptr()
+        seed = secrets.randbits(64) if seed is None else seed
+        native.library().crane_screen(ctypes.byref(weight.struct), ctypes.byref(self.screen), seed)
+
+    @property
+    def screened(self) -> str | None:
+        """One line: how often the screen was used, and what that spared."""
+        if self.screen is None:
+            return None
+        share = self.screen.num_blocks * _BLOCK_ROWS / max(self.screen.num_screened * self.out_features, 1)
+        return f"{self.screen.num_screened} steps computed {share:.1%} of the layer, {self.screen.num_whole} all of it"
+
     def best(self, x: Tensor, columns: int) -> Tensor:
         """Where y has its maximum among the first `columns`, of equals the lowest: int64 [num_rows]. Of one part."""
         ((struct, _, amx_rows),) = self._plan
         x, num_rows = x.contiguous(), len(x)
         ids, method = torch.empty(num_rows, dtype=torch.int64), num_rows >= amx_rows and x.dtype == torch.bfloat16
-        code = native.DTYPES[x.dtype]
-        if native.library().crane_best(struct, x.data_ptr(), num_rows, code, method, columns, ids.data_ptr()):
+        code, screen = native.DTYPES[x.dtype], self.screen and ctypes.byref(self.screen)
+        if native.library().crane_best(struct, x.data_ptr(), num_rows, code, method, columns, screen, ids.data_ptr()):
             raise MemoryError("no memory to look for the best tokens in")
         return ids

@@ -49,6 +49,10 @@ class Settings:
     )
     cuda_graphs: bool = _setting(True, "on a GPU, replay decode steps as CUDA graphs")
     recorded_steps: bool = _setting(True, "on a CPU, replay decode steps as recorded lists of C calls")
+    screen: bool = _setting(
+        True, "on a CPU, find the next tokens of up to 8 greedy sequences with a 4-bit copy of an 8-bit output layer, "
+        "and compute the layer itself only where it may be largest",
+    )
     overlap: str = _setting(
         "auto",
         "launch a step before the tokens of the one before are read, so that the device need not wait for the host: "

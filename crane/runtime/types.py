@@ -348,7 +348,7 @@ class EngineStats(msgspec.Struct):
     ledger_faults: int = 0  # times that pages were found unaccounted for
     uptime_s: float = 0.0
     # what each runs in, "triton" or "torch", and why not in Triton; "cuda_graphs", "recorded_steps": of
-    # how many rows, and why of no more
+    # how many rows, and why of no more; "screen": what it spared
     kernels: dict[str, str] = {}
     # "on", "why_off"; "steps_ahead": launched while another one ran; "steps_alone": how many others were not, by why
     overlap: dict[str, bool | str | int | dict[str, int] | None] = {}

@@ -6,14 +6,7 @@ through while the second cache has it, so that sums are neither written to memor
 
 #define SLICE_BYTES (1 << 20) /* of sums */
 #define SLICE_LEAST 1024      /* columns */
-
-typedef struct {
-    const Weight *w;
-    const void *x;
-    int64_t num_rows, columns;
-    int64_t *ids;
-    int32_t dtype, method;
-} Best;
+#define SCREENED 8            /* rows, at most: as many as one pass over the weight serves */
 
 typedef struct { const float *sums; int64_t count, stride, first, *ids; float *most; } Slice;
 
@@ -40,6 +33,8 @@ static void search_row(void *argument, int64_t row) {
 
 static int32_t run_best(const void *argument) {
     const Best *p = argument;
+    int32_t found = p->screen ? crane_search_screen(p) : -1;
+    if (found >= 0) return found;
     static __thread float *room;
     static __thread int64_t size;
     int64_t width = SLICE_BYTES / 4 / p->num_rows / 64 * 64;
@@ -69,9 +64,9 @@ static int32_t run_best(const void *argument) {
 
 /* x: [num_rows, num_columns] of dtype, contiguous. ids: [num_rows], where among the first `columns` of the weight's rows
 each row of x has its largest product, of equals the lowest. method: as for `crane_linear`. Returns 0, or 1 when there
-is no memory. */
+is no memory. screen: of the weight, or NULL. */
 int32_t crane_best(const Weight *w, const void *x, int64_t num_rows, int32_t dtype, int32_t method, int64_t columns,
-                   int64_t *ids) {
-    Best p = {w, x, num_rows, columns, ids, dtype, method};
+                   Screen *screen, int64_t *ids) {
+    Best p = {w, x, num_rows, columns, ids, dtype, method, method == INTEGERS && num_rows <= SCREENED ? screen : NULL};
     return crane_call("best token", run_best, &p, sizeof p);
 }

@@ -1,8 +1,7 @@
 /* Products with few rows of x, which are rounded to 8 bits, 32 values a scale, and multiplied as integers. */
 #include "product.h"
 
-#define MAX_ROWS 8  /* of x that one pass over the weight serves */
-#define MOST_WIDE 4 /* panels that one loop reads */
+#define MAX_ROWS 8 /* of x that one pass over the weight serves */
 
 static void round_row(void *argument, int64_t row) {
     const Product *p = argument;
@@ -33,11 +32,17 @@ static void round_row(void *argument, int64_t row) {
 
 static void round_rows(Product *p) {
     int64_t columns = p->w->num_columns;
-    p->q = crane_scratch(p->num_rows * (columns + num_tiles(p->w) * sizeof(Round)));
+    p->q = crane_scratch(p->num_rows * (columns + num_tiles(p->w) * (sizeof(Round) + sizeof(float))));
     p->rounds = (Round *)(p->q + p->num_rows * columns);
+    p->energy = (float *)(p->rounds + p->num_rows * num_tiles(p->w));
     if (p->num_rows * columns < 16384)
         for (int64_t row = 0; row < p->num_rows; row++) round_row(p, row);
     else crane_parallel(round_row, p, p->num_rows);
+    for (int64_t i = 0; p->bounds && i < p->num_rows * num_tiles(p->w); i++) {
+        int32_t sum = 0;
+        for (int k = 0; k < TILE; k++) sum += p->q[i * TILE + k] * p->q[i * TILE + k];
+        p->energy[i] = p->rounds[i].scale * p->rounds[i].scale * sum;
+    }
 }
 
 /* Adds to each lane the products of its four unsigned bytes with the four signed ones at b. */
@@ -67,19 +72,21 @@ INLINE vi dot4(vi sum, vu a, const int8_t *b) {
 #endif
 }
 
-/* Panels [panel, panel + wide) times rows [row, row + count) of x; count and wide are constants wherever this is
-inlined. Several panels are as many streams from memory. Past the weight's end its last panel stands in. */
-INLINE void integer_panels(const Product *p, int64_t panel, int64_t row, int count, int wide, int bits, int groups,
-                           int has_offset) {
+/* sum: [count, wide] of panels [panel, panel + wide) times rows [row, row + count) of x; all but the first three and
+the last two are constants wherever this is inlined. Several panels are as many streams from memory. Past the weight's
+end its last panel stands in. spread: for each product the sum of scale^2 * energy, or NULL. */
+INLINE void multiply(const Product *p, int64_t panel, int64_t row, int count, int wide, int bits, int groups,
+                     int has_offset, vf *sum, vf *spread) {
     const Weight *w = p->w;
     int64_t tiles = num_tiles(w), last = num_panels(w) - 1, step = tile_size(bits, groups, has_offset);
-    const uint8_t *from[MOST_WIDE];
+    const uint8_t *from[BLOCK];
     for (int i = 0; i < wide; i++) from[i] = w->panels + (panel + i < last ? panel + i : last) * tiles * step;
     const int8_t *q = p->q + row * TILE;
     const Round *round = p->rounds + row;
-    vf sum[MAX_ROWS * MOST_WIDE];
+    const float *energy = p->energy + row;
     for (int i = 0; i < count * wide; i++) sum[i] = (vf){};
-    for (int64_t tile = 0; tile < tiles; tile++, q += p->num_rows * TILE, round += p->num_rows) {
+    for (int i = 0; spread && i < count * wide; i++) spread[i] = (vf){};
+    for (int64_t tile = 0; tile < tiles; tile++, q += p->num_rows * TILE, round += p->num_rows, energy += p->num_rows) {
         int64_t next = ahead(tile, tiles, wide, step);
         for (int i = 0; i < wide; i++) {
             Tile t;
@@ -94,11 +101,22 @@ INLINE void integer_panels(const Product *p, int64_t panel, int64_t row, int cou
                     vf *to = &sum[r * wide + i];
                     *to += __builtin_convertvector(whole, vf) * (t.scale[g] * SPREAD(round[r].scale));
                     if (has_offset) *to += t.offset[g] * SPREAD(round[r].sum[g]);
+                    if (spread) spread[r * wide + i] += t.scale[g] * t.scale[g] * SPREAD(energy[r]);
                 }
         }
     }
-    for (int i = 0; i < wide && panel + i <= last; i++)
-        for (int r = 0; r < count; r++) finish(p, row + r, panel + i, sum[r * wide + i]);
+}
+
+INLINE void integer_panels(const Product *p, int64_t panel, int64_t row, int count, int wide, int bits, int groups,
+                           int has_offset) {
+    vf sum[MAX_ROWS * BLOCK], spread[MAX_ROWS * BLOCK];
+    int bounds = SCREEN_KIND(bits, groups, has_offset) && p->bounds;
+    if (bounds) multiply(p, panel, row, count, wide, bits, groups, has_offset, sum, spread);
+    else multiply(p, panel, row, count, wide, bits, groups, has_offset, sum, NULL);
+    for (int i = 0; i < wide && panel + i < num_panels(p->w); i++)
+        for (int r = 0; r < count; r++)
+            if (bounds) crane_bound(p, row + r, panel + i, sum[r * wide + i], spread[r * wide + i]);
+            else finish(p, row + r, panel + i, sum[r * wide + i]);
 }
 
 #define PANEL(count, wide, bits, groups, has_offset)                                                   \
@@ -108,29 +126,35 @@ INLINE void integer_panels(const Product *p, int64_t panel, int64_t row, int cou
             integer_panels(p, panel, row, count, wide, bits, groups, has_offset);                      \
     }
 #define PANELS(bits, groups, has_offset)                                                               \
-    PANEL(1, MOST_WIDE, bits, groups, has_offset) PANEL(2, 2, bits, groups, has_offset)                 \
+    PANEL(1, BLOCK, bits, groups, has_offset) PANEL(2, 2, bits, groups, has_offset)                 \
     PANEL(4, 1, bits, groups, has_offset) PANEL(8, 1, bits, groups, has_offset)
 EACH_KIND(PANELS)
 
-static void integer_task(void *argument, int64_t index) {
-    const Product *p = argument;
-    int64_t last = num_panels(p->w), panel = index * p->panels_per_task, stop = panel + p->panels_per_task;
-    for (; panel < stop && panel < last; panel += MOST_WIDE)
-        for (int64_t row = 0, end = panel + MOST_WIDE < last ? panel + MOST_WIDE : last; row < p->num_rows;) {
-            int64_t left = p->num_rows - row;
+/* All rows of x times a block of panels. */
+static void multiply_block(const Product *p, int64_t block) {
+    int64_t panel = block * BLOCK, last = num_panels(p->w), end = panel + BLOCK < last ? panel + BLOCK : last;
+    for (int64_t row = 0; row < p->num_rows;) {
+        int64_t left = p->num_rows - row;
 #define BODY(bits, groups, has_offset)                                                                     \
     if (left >= 8) panels_8_##bits##groups##has_offset(p, panel, end, row), row += 8;                    \
     else if (left >= 4) panels_4_##bits##groups##has_offset(p, panel, end, row), row += 4;               \
     else if (left >= 2) panels_2_##bits##groups##has_offset(p, panel, end, row), row += 2;               \
     else panels_1_##bits##groups##has_offset(p, panel, end, row), row += 1
-            FOR_KIND(p->w, BODY)
+        FOR_KIND(p->w, BODY)
 #undef BODY
-        }
+    }
+}
+
+static void integer_task(void *argument, int64_t index) {
+    const Product *p = argument;
+    int64_t block = index * p->blocks_per_task, end = block + p->blocks_per_task;
+    for (; block < end && block < p->num_blocks; block++) multiply_block(p, p->blocks ? p->blocks[block] : block);
 }
 
 void crane_integer_product(Product *p) {
-    int64_t share = num_panels(p->w) / (crane_threads() * 8);
-    p->panels_per_task = share < MOST_WIDE ? MOST_WIDE : share > 16 ? 16 : share / MOST_WIDE * MOST_WIDE;
+    if (!p->blocks) p->num_blocks = (num_panels(p->w) + BLOCK - 1) / BLOCK;
+    int64_t share = p->num_blocks / (crane_threads() * 8);
+    p->blocks_per_task = share < 1 ? 1 : share > 4 ? 4 : share;
     round_rows(p);
-    crane_parallel(integer_task, p, (num_panels(p->w) + p->panels_per_task - 1) / p->panels_per_task);
+    crane_parallel(integer_task, p, (p->num_blocks + p->blocks_per_task - 1) / p->blocks_per_task);
 }

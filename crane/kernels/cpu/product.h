@@ -8,19 +8,52 @@ typedef struct { float scale, sum[2]; int32_t start[2]; } Round;
 
 enum { INTEGERS = 0, AMX = 1 }; /* methods */
 
+/* What is known of 16 rows of a screen's products (screen.c) with each row of x: [num_rows, num_panels] each. */
+typedef struct { float *middle, *upper; } Bounds;
+
 typedef struct {
     const Weight *w;
     const void *x;
     void *out;
-    int64_t num_rows, out_stride, panels_per_task;
+    int64_t num_rows, out_stride, blocks_per_task;
     int32_t dtype, out_dtype, method;
     int8_t *q;     /* [num_columns / 32, num_rows, 32] */
     Round *rounds; /* [num_columns / 32, num_rows] */
+    /* Integers only. blocks: the blocks of panels to multiply, or NULL: all. bounds: what to find instead of out. */
+    const int32_t *blocks;
+    int64_t num_blocks;
+    const Bounds *bounds;
+    float *energy; /* [num_columns / 32, num_rows], sums of squares of x as it is rounded, if there are bounds */
 } Product;
+
+#define BLOCK 4 /* panels */
 
 int32_t crane_product(const void *product); /* linear.c: by its method; 0 */
 void crane_integer_product(Product *p); /* integer.c */
 void crane_amx_product(Product *p);     /* amx.c, where HAVE_AMX */
+
+/* screen.c: what a weight must be to have bounds; into p->bounds, what is known of a panel's products with a row. */
+#define SCREEN_KIND(bits, groups, has_offset) ((bits) == 4 && (groups) == 1 && !(has_offset))
+void crane_bound(const Product *p, int64_t row, int64_t panel, vf sum, vf spread);
+
+/* A weight's copy in 4 bits, and how often it was of use: see screen.c. */
+typedef struct {
+    Weight weight;
+    int64_t num_screened, num_blocks, num_whole; /* times, blocks computed in them, times without the screen */
+    int32_t wait, last_wait;                     /* times that the screen shall not be tried */
+} Screen;
+
+/* A search for the largest sum of each row among the first `columns`: see `crane_best`. */
+typedef struct {
+    const Weight *w;
+    const void *x;
+    int64_t num_rows, columns;
+    int64_t *ids;
+    int32_t dtype, method;
+    Screen *screen; /* of w, or NULL */
+} Best;
+/* screen.c: looks for it with the screen. Returns 0, 1 when there is no memory, or -1 when all have to be computed. */
+int32_t crane_search_screen(const Best *p);
 
 /* Stores 16 sums of a row of x, with the bias. */
 INLINE void finish(const Product *p, int64_t row, int64_t panel, vf sum) {
