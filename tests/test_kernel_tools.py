@@ -121,3 +121,12 @@ def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
     done = gpu_check("--out", str(tmp_path / "out"))
     assert done.returncode == 1
     assert "no GPU here" in done.stderr or "missing here: triton" in done.stderr
+
+
+def test_bench_sampling_checks_every_way_of_drawing_and_ends_in_json(c_kernels):
+    done = run_tool("bench_sampling.py", "--rows", "3", "--vocab", "20000", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["wrong"] == [] and len(document["ways"]) >= 10
+    for row in document["ways"]:
+        assert row["c_ms"] > 0 and row["torch_ms"] > 0 and row["way"] in done.stdout
