@@ -27,6 +27,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 # Rows that top-k leaves with at most this many tokens never look at the rest of the vocabulary again.
 _NUM_CANDIDATES = 1024
 _SUB_BLOCK = 64
+_WHOLE_ELEMENTS = 1 << 19  # logits of rows that are drawn from whole, at a time: 2 MB
 # Columns in which `best` looks for a maximum at a time.
 _ARGMAX_BLOCK = 4096
 
@@ -217,6 +218,10 @@ def _draw_greedy(logits: Tensor, *_) -> Tensor:
 def _draw_whole(logits: Tensor, temperature: Tensor, limit: Tensor, top_p: Tensor, min_p: Tensor,
                 uniform: Tensor) -> Tensor:
     """Rows without top-k and top-p: the whole vocabulary, less what min-p takes."""
+    few = max(_WHOLE_ELEMENTS // logits.shape[1], 1)
+    if len(logits) > few:  # a few rows at a time: what is made of them stays in a core's cache
+        parts = zip(*(each.split(few) for each in (logits, temperature, limit, top_p, min_p, uniform)))
+        return torch.cat([_draw_whole(*part) for part in parts])
     scaled = logits / temperature[:, None]
     if bool((min_p > 0).any()):
         floor = scaled.amax(-1, keepdim=True) + min_p[:, None].log()
