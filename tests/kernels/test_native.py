@@ -166,6 +166,40 @@ def test_a_product_with_a_bfloat16_matrix_rounds_nothing(c_kernels, rows):
     torch.testing.assert_close(found.double(), x.double() @ weight.double().T + bias, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "BF16"])
+def test_a_row_has_the_same_bits_among_few_rows_and_many_on_amx(c_kernels, kind):
+    """1,280 columns are several blocks, of which the last is short, and 512 such rows too many for a core's cache."""
+    if not native.has_amx():
+        pytest.skip("needs AMX")
+    torch.manual_seed(0)
+    x, bias = torch.randn(600, 1280).bfloat16(), torch.randn(77)
+    matrix = torch.randn(77, 1280).bfloat16() if kind == "BF16" else random_weight(kind, 77, 1280)
+    weight = pack("BF16", 77, 1280, [matrix]) if kind == "BF16" else pack_blocks(matrix)
+    weight.struct.bias = bias.data_ptr()
+
+    def product(rows, dtype):
+        out = torch.full((len(rows) + 1, 80), 7, dtype=dtype)
+        given = (rows.data_ptr(), len(rows), 1, out.data_ptr(), 80, native.DTYPES[dtype], 1)
+        c_kernels.crane_linear(ctypes.addressof(weight.struct), *given)
+        assert (out[-1] == 7).all() and (out[:, 77:] == 7).all()
+        return out[:-1, :77]
+
+    for dtype in (torch.bfloat16, torch.float32):
+        few = torch.cat([product(rows, dtype) for rows in x.split(32)])
+        for count in (33, 48, 49, 64, 130, 512, 600):
+            assert torch.equal(product(x[:count], dtype), few[:count])
+    exact = x.double() @ weight.rows(torch.arange(77), torch.float32).double().T + bias
+    assert (few - exact).norm() < (1e-5 if kind == "BF16" else 5e-3) * exact.norm()
+
+
+def test_sums_that_are_too_many_for_the_caches_are_those_of_few_rows(c_kernels):
+    if not native.has_amx():
+        pytest.skip("needs AMX")
+    linear = PackedLinear([pack("BF16", 4224, 64, [torch.randn(4224, 64).bfloat16()])], torch.randn(4224))
+    x = torch.randn(520, 64).bfloat16()
+    assert torch.equal(linear(x), torch.cat([linear(rows) for rows in x.split(32)]))
+
+
 def test_parts_of_different_types_lie_side_by_side(c_kernels):
     parts = [random_weight("Q5_0", 48, 64), random_weight("Q8_0", 16, 64, seed=1)]
     x = torch.randn(20, 64)

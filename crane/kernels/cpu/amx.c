@@ -16,7 +16,7 @@ static void configure(int rows) {
     _tile_loadconfig(&c);
 }
 
-#define WIDE 4 /* panels a task takes; for more than 32 rows of x it widens all of them first */
+#define WIDE 4 /* panels a task takes of up to 32 rows of x */
 
 /* One quad's columns 2 * pair and 2 * pair + 1 as bfloat16 [16][2]; scale and offset are those of each half's lanes.
 Codes become the mantissas of floats from 2 on: no integers are converted. */
@@ -68,30 +68,57 @@ INLINE void multiply(const uint16_t *x, int64_t stride, int rows, const uint8_t 
     _tile_dpbf16ps(3, 5, 7);
 }
 
-/* Stores the sums of `multiply`. both: whether there is a second panel. */
-static void store_sums(const Product *p, int64_t panel, int both, int64_t row, int rows) {
-    float sums[4][16][16] __attribute__((aligned(64)));
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    if (rows > 16) {
-        _tile_stored(2, sums[2], 64);
-        _tile_stored(3, sums[3], 64);
+/* The sums of `multiply` in memory, [2 of 16 rows][2 panels][16][16]. */
+INLINE void keep_sums(float *sums, int rows) {
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    if (rows <= 16) return;
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+}
+
+INLINE void load_sums(const float *sums, int rows) {
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + 256, 64);
+    if (rows <= 16) return;
+    _tile_loadd(2, sums + 512, 64);
+    _tile_loadd(3, sums + 768, 64);
+}
+
+#define PAST_CACHES (4 << 20) /* bytes from which sums are written past the caches, which read their places first */
+
+/* Stores a row's sums of one or two panels, as they lie in `keep_sums`. */
+INLINE void finish_pair(const Product *p, int64_t row, int64_t panel, int both, const float *sums) {
+    int64_t first = panel * LANES;
+    vf a = load_f(sums), b = load_f(sums + 256);
+    if (!both || first + 2 * LANES > p->w->num_rows || p->out_dtype != BFLOAT16) {
+        finish(p, row, panel, a);
+        if (both) finish(p, row, panel + 1, b);
+        return;
     }
-    for (int r = 0; r < rows; r++)
-        for (int half = 0; half <= both; half++)
-            finish(p, row + r, panel + half, load_f(sums[r / 16 * 2 + half][r % 16]));
+    if (p->w->bias) a += load_f(p->w->bias + first), b += load_f(p->w->bias + first + LANES);
+    uint16_t *to = (uint16_t *)p->out + row * p->out_stride + first;
+    __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    int past = p->num_rows > 32 && p->num_rows * p->w->num_rows * 2 > PAST_CACHES && (uintptr_t)to % 64 == 0;
+    if (past) _mm512_stream_si512((__m512i *)to, rounded); /* `many_rows` waits for all of them */
+    else store_u(to, (vu)rounded);
+}
+
+static void store_sums(const Product *p, int64_t panel, int both, int rows) {
+    float sums[1024] __attribute__((aligned(64)));
+    keep_sums(sums, rows);
+    for (int r = 0; r < rows; r++) finish_pair(p, r, panel, both, sums + r / 16 * 512 + r % 16 * 16);
 }
 
 INLINE void clear_sums(void) { _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); }
 
-/* Panels whose tiles are bfloat16 already, with rows [row, row + rows) of x. */
-static void multiply_panels(const Product *p, const uint8_t *tiles, int64_t first, int64_t count, int64_t row,
-                            int rows) {
-    int64_t columns = p->w->num_columns, panel_bytes = columns * 32;
-    const uint16_t *x = (const uint16_t *)p->x + row * columns;
-    for (int64_t i = 0; i < count; i += 2) {
-        int both = i + 1 < count;
-        const uint8_t *a = tiles + i * panel_bytes, *b = both ? a + panel_bytes : a;
+/* Panels whose tiles are bfloat16 already, with up to 32 rows of x. */
+static void multiply_panels(const Product *p, int64_t first, int64_t count) {
+    int64_t columns = p->w->num_columns, panel_bytes = columns * 32, rows = p->num_rows;
+    const uint16_t *x = p->x;
+    for (int64_t i = first; i < first + count; i += 2) {
+        int both = i + 1 < first + count;
+        const uint8_t *a = p->w->panels + i * panel_bytes, *b = both ? a + panel_bytes : a;
         clear_sums();
         for (int64_t k = 0; k < columns; k += TILE) {
             if (rows <= 16) { /* with more, memory is not what takes time */
@@ -101,7 +128,7 @@ static void multiply_panels(const Product *p, const uint8_t *tiles, int64_t firs
             }
             multiply(x + k, columns * 2, rows, a + k * 32, b + k * 32);
         }
-        store_sums(p, first + i, both, row, rows);
+        store_sums(p, i, both, rows);
     }
 }
 
@@ -121,15 +148,139 @@ INLINE void widen_and_multiply(const Product *p, int64_t panel, int both, int ro
         widen_tile(b, next, w->shift, to[1], bits, groups, has_offset);
         multiply(x + k, columns * 2, rows, to[0], to[1]);
     }
-    store_sums(p, panel, both, 0, rows);
+    store_sums(p, panel, both, rows);
 }
 
-INLINE void widen_panel(const Weight *w, int64_t panel, uint8_t *to, int bits, int groups, int has_offset) {
-    int64_t step = tile_size(bits, groups, has_offset);
-    const uint8_t *from = w->panels + panel * num_tiles(w) * step;
-    for (int64_t tile = 0; tile < num_tiles(w); tile++)
-        widen_tile(from + tile * step, ahead(tile, num_tiles(w), 1, step), w->shift, to + tile * 1024, bits, groups,
-                   has_offset);
+/* More than 32 rows. x is laid out in tiles first. A task takes some panels, two at a time, and of their columns a
+block at a time, so that the nearest cache keeps the block while all rows pass; sums wait in memory for the next block.
+Before each step a little of what comes next is fetched and widened, so that memory and vector units work while tiles
+are multiplied. A row's products are added up in the same order as with fewer rows: its sums have the same bits. */
+#define BLOCK 7         /* tiles of columns in a block */
+#define MOST_ROWS 512   /* at a time */
+#define MOST_PANELS 16  /* a task's */
+#define CACHE (1 << 20) /* bytes of x that stay in the second cache beside the rest */
+
+typedef struct {
+    const Product *p;
+    uint8_t *x; /* [blocks of columns][blocks of 32 rows][tiles][32][32] */
+    int64_t row, rows, row_blocks, panels_per_task;
+    int is_large; /* x, for the second cache: each block of columns meets all panels of a task before the next does */
+} Many;
+
+/* Tiles [tile, tile + count) of one or two panels from `panel` on. */
+typedef struct { int64_t panel, panels, tile, count; } Block;
+
+/* What is done at each step: `lines` of both panels of a block that comes are fetched, `x_lines` of x, and, evenly over
+`steps`, the tiles of the next block are widened. */
+typedef struct {
+    const uint8_t *weight[2], *x;
+    int64_t lines, x_lines, steps, due, done;
+    Block next;
+    uint8_t *room;
+} Ahead;
+
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static void lay_out(void *argument, int64_t row_block) {
+    const Many *m = argument;
+    int64_t columns = m->p->w->num_columns, tiles = columns / TILE, rows = min(m->rows - row_block * 32, 32);
+    const uint16_t *from = (const uint16_t *)m->p->x + (m->row + row_block * 32) * columns;
+    for (int64_t tile = 0; tile < tiles; tile += BLOCK) {
+        int64_t count = min(tiles - tile, BLOCK);
+        uint8_t *to = m->x + (tile * m->row_blocks + row_block * count) * 2048;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t t = 0; t < count; t++)
+                store_u(to + t * 2048 + r * 64, load_u(from + r * columns + (tile + t) * TILE));
+    }
+}
+
+/* Block `at` of a task's: all pairs of a group of panels, then the next columns, then the next group; none past the
+last, `blocks`. */
+INLINE Block block_at(const Weight *w, int64_t first, int64_t panels, int64_t group, int64_t at, int64_t blocks) {
+    int64_t column_blocks = (num_tiles(w) + BLOCK - 1) / BLOCK;
+    int64_t pair = at / (group * column_blocks) * group + at % group, tile = at / group % column_blocks * BLOCK;
+    if (at >= blocks) return (Block){0};
+    return (Block){first + 2 * pair, min(panels - 2 * pair, 2), tile, min(num_tiles(w) - tile, BLOCK)};
+}
+
+INLINE const uint8_t *block_start(const Weight *w, const Block *block, int64_t step) {
+    return w->panels + (block->panel * num_tiles(w) + block->tile) * step;
+}
+
+/* Widens the next tile of n->next: those of its first panel, then those of its second. */
+INLINE void widen_next(const Weight *w, Ahead *n, int bits, int groups, int has_offset) {
+    int64_t step = tile_size(bits, groups, has_offset), at = n->done++, count = n->next.count;
+    const uint8_t *from = block_start(w, &n->next, step) + (at < count ? at : at - count + num_tiles(w)) * step;
+    widen_tile(from, 0, w->shift, n->room + at * 1024, bits, groups, has_offset);
+}
+
+INLINE void look_ahead(const Weight *w, Ahead *n, int bits, int groups, int has_offset) {
+    for (int64_t i = 0; i < n->lines; i++) /* in turns, which is clearly faster */
+        for (int h = 0; h < 2; n->weight[h++] += 64) _mm_prefetch((const char *)n->weight[h], _MM_HINT_T0);
+    for (int64_t i = 0; i < n->x_lines; i++, n->x += 64) _mm_prefetch((const char *)n->x, _MM_HINT_T1);
+    if (bits == 16) return;
+    for (n->due += n->next.panels * n->next.count; n->due >= n->steps; n->due -= n->steps)
+        widen_next(w, n, bits, groups, has_offset);
+}
+
+/* Starts to look ahead from block `at`. bytes: of a tile of the weight. */
+INLINE void start_ahead(const Many *m, Ahead *n, const Block *block, int64_t pair, int64_t group, const Block *fetched,
+                        int64_t bytes) {
+    const Weight *w = m->p->w;
+    const uint8_t *from = block_start(w, fetched, bytes);
+    n->weight[0] = from, n->weight[1] = fetched->panels < 2 ? from : from + num_tiles(w) * bytes;
+    n->lines = fetched->count ? (bytes / 64 + m->row_blocks - 1) / m->row_blocks : 0;
+    n->steps = m->row_blocks * block->count, n->due = n->done = 0;
+    /* every pair of the group fetches its share of the next columns of x */
+    n->x_lines = m->is_large && block->tile + block->count < num_tiles(w) ? (32 + group - 1) / group : 0;
+    n->x = m->x + (block->tile + block->count) * m->row_blocks * 2048 + pair * n->steps * n->x_lines * 64;
+}
+
+/* Stores the sums of panels [first, first + panels), row after row. */
+static void finish_rows(const Many *m, int64_t first, int64_t panels, const float *sums) {
+    for (int64_t r = 0; r < m->rows; r++)
+        for (int64_t i = 0; i < panels; i += 2)
+            finish_pair(m->p, m->row + r, first + i, i + 1 < panels,
+                        sums + (i / 2 * m->row_blocks + r / 32) * 1024 + r / 16 % 2 * 512 + r % 16 * 16);
+}
+
+/* Adds to the sums of two panels and all rows what a block of columns, whose tiles are at a and b, gives. */
+INLINE void multiply_block(const Many *m, const Block *block, const uint8_t *a, const uint8_t *b, float *sums,
+                           Ahead *ahead, int bits, int groups, int has_offset) {
+    const uint8_t *x = m->x + block->tile * m->row_blocks * 2048;
+    for (int64_t r = 0; r < m->row_blocks; r++, sums += 1024) {
+        int rows = min(m->rows - r * 32, 32);
+        if (block->tile) load_sums(sums, rows);
+        else clear_sums();
+        for (int64_t t = 0; t < block->count; t++, x += 2048) {
+            look_ahead(m->p->w, ahead, bits, groups, has_offset);
+            multiply((const uint16_t *)x, 64, rows, a + t * 1024, b + t * 1024);
+        }
+        keep_sums(sums, rows);
+    }
+}
+
+INLINE void many_rows(const Many *m, int64_t first, int64_t panels, int bits, int groups, int has_offset) {
+    const Weight *w = m->p->w;
+    int64_t tiles = num_tiles(w), bytes = bits == 16 ? 1024 : tile_size(bits, groups, has_offset);
+    int64_t pairs = (panels + 1) / 2, group = m->is_large ? pairs : 1;
+    int64_t each = group * ((tiles + BLOCK - 1) / BLOCK), blocks = pairs / group * each;
+    uint8_t wide[2][2 * BLOCK * 1024] __attribute__((aligned(64)));
+    float *sums = crane_scratch(pairs * m->row_blocks * 4096);
+    Ahead ahead = {.next = block_at(w, first, panels, group, 0, blocks), .room = wide[0]};
+    if (bits != 16)
+        while (ahead.done < ahead.next.panels * ahead.next.count) widen_next(w, &ahead, bits, groups, has_offset);
+    for (int64_t at = 0; at < blocks; at++) {
+        Block block = ahead.next, after = block_at(w, first, panels, group, at + 2, blocks);
+        const uint8_t *a = bits == 16 ? block_start(w, &block, bytes) : wide[at % 2];
+        const uint8_t *b = block.panels < 2 ? a : a + (bits == 16 ? tiles : block.count) * 1024;
+        ahead.next = block_at(w, first, panels, group, at + 1, blocks), ahead.room = wide[(at + 1) % 2];
+        start_ahead(m, &ahead, &block, at % group, group, bits == 16 ? &ahead.next : &after, bytes);
+        multiply_block(m, &block, a, b, sums + (block.panel - first) / 2 * m->row_blocks * 1024, &ahead, bits, groups,
+                       has_offset);
+    }
+    finish_rows(m, first, panels, sums);
+    _mm_sfence();
 }
 
 #define KIND(bits, groups, has_offset)                                                                            \
@@ -137,47 +288,55 @@ INLINE void widen_panel(const Weight *w, int64_t panel, uint8_t *to, int bits, i
                                                                            int both, int rows) {                  \
         widen_and_multiply(p, panel, both, rows, bits, groups, has_offset);                                       \
     }                                                                                                             \
-    __attribute__((noinline)) static void widen_##bits##groups##has_offset(const Weight *w, int64_t panel,        \
-                                                                           uint8_t *to) {                         \
-        widen_panel(w, panel, to, bits, groups, has_offset);                                                      \
+    __attribute__((noinline)) static void many_##bits##groups##has_offset(const Many *m, int64_t first,           \
+                                                                          int64_t panels) {                       \
+        many_rows(m, first, panels, bits, groups, has_offset);                                                    \
     }
 EACH_KIND(KIND)
 #undef KIND
 
-static void amx_task(void *argument, int64_t index) {
+static void few_task(void *argument, int64_t index) {
     const Product *p = argument;
     const Weight *w = p->w;
-    int64_t first = index * WIDE, count = num_panels(w) - first, panel_bytes = w->num_columns * 32;
-    count = count < WIDE ? count : WIDE;
-    if (w->bits != 16 && p->num_rows <= 32) {
-        int rows = p->num_rows;
-        configure(rows);
+    int64_t first = index * WIDE, count = min(num_panels(w) - first, WIDE);
+    configure(p->num_rows);
+    if (w->bits == 16) multiply_panels(p, first, count);
 #define BODY(bits, groups, has_offset) \
-    for (int64_t i = 0; i < count; i += 2) fused_##bits##groups##has_offset(p, first + i, i + 1 < count, rows)
-        FOR_KIND(w, BODY)
+    for (int64_t i = 0; i < count; i += 2) fused_##bits##groups##has_offset(p, first + i, i + 1 < count, p->num_rows)
+    FOR_KIND(w, BODY)
 #undef BODY
-        _tile_release();
-        return;
-    }
-    const uint8_t *tiles = w->panels + first * panel_bytes;
-    if (w->bits != 16) {
-        uint8_t *room = crane_scratch(WIDE * panel_bytes);
-#define BODY(bits, groups, has_offset) \
-    for (int64_t i = 0; i < count; i++) widen_##bits##groups##has_offset(w, first + i, room + i * panel_bytes)
-        FOR_KIND(w, BODY)
-#undef BODY
-        tiles = room;
-    }
-    int configured = 0;
-    for (int64_t row = 0; row < p->num_rows; row += 32) {
-        int rows = p->num_rows - row < 32 ? (int)(p->num_rows - row) : 32;
-        if (rows != configured) configure(configured = rows);
-        multiply_panels(p, tiles, first, count, row, rows);
-    }
     _tile_release();
 }
 
-void crane_amx_product(Product *p) { crane_parallel(amx_task, p, (num_panels(p->w) + WIDE - 1) / WIDE); }
+static void many_task(void *argument, int64_t index) {
+    const Many *m = argument;
+    const Weight *w = m->p->w;
+    int64_t first = index * m->panels_per_task, panels = min(num_panels(w) - first, m->panels_per_task);
+    configure(32);
+    if (w->bits == 16) many_rows(m, first, panels, 16, 0, 0);
+#define BODY(bits, groups, has_offset) many_##bits##groups##has_offset(m, first, panels)
+    FOR_KIND(w, BODY)
+#undef BODY
+    _tile_release();
+}
+
+void crane_amx_product(Product *p) {
+    int64_t panels = num_panels(p->w), most = crane_threads() * MOST_PANELS;
+    if (p->num_rows <= 32) {
+        crane_parallel(few_task, p, (panels + WIDE - 1) / WIDE);
+        return;
+    }
+    int64_t tasks = (panels + most - 1) / most * crane_threads(), each = (panels + tasks - 1) / tasks;
+    Many m = {.p = p, .panels_per_task = (each + 1) / 2 * 2};
+    for (; m.row < p->num_rows; m.row += m.rows) {
+        m.rows = min(p->num_rows - m.row, MOST_ROWS);
+        m.row_blocks = (m.rows + 31) / 32;
+        m.is_large = m.rows * p->w->num_columns * 2 > CACHE;
+        m.x = crane_input(m.row_blocks * 64 * p->w->num_columns);
+        crane_parallel(lay_out, &m, m.row_blocks);
+        crane_parallel(many_task, &m, (panels + m.panels_per_task - 1) / m.panels_per_task);
+    }
+}
 
 int crane_has_amx(void) {
     static int known = -1;

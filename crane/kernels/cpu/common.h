@@ -147,3 +147,5 @@ int32_t crane_call(const char *name, int32_t (*run)(const void *argument), const
 int crane_has_amx(void);
 /* memory of the calling thread, at least so large, 64-byte aligned; its content is lost at the next call */
 void *crane_scratch(size_t bytes);
+/* the same once more: for what a job's tasks, which may need scratch of their own, read */
+void *crane_input(size_t bytes);

@@ -132,14 +132,24 @@ void crane_parallel(void (*task)(void *, int64_t), void *argument, int64_t num_t
     if (!holds) pthread_mutex_unlock(&pool.busy);
 }
 
-void *crane_scratch(size_t bytes) {
-    static __thread void *memory;
-    static __thread size_t size;
-    if (bytes > size) {
-        free(memory);
-        size = (bytes + 4095) & ~(size_t)4095;
-        memory = aligned_alloc(4096, size);
-        if (!memory) abort();
+typedef struct { void *memory; size_t size; } Room;
+
+static void *grow(Room *room, size_t bytes) {
+    if (bytes > room->size) {
+        free(room->memory);
+        room->size = (bytes + 4095) & ~(size_t)4095;
+        room->memory = aligned_alloc(4096, room->size);
+        if (!room->memory) abort();
     }
-    return memory;
+    return room->memory;
+}
+
+void *crane_scratch(size_t bytes) {
+    static __thread Room room;
+    return grow(&room, bytes);
+}
+
+void *crane_input(size_t bytes) {
+    static __thread Room room;
+    return grow(&room, bytes);
 }
