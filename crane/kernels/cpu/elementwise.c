@@ -4,7 +4,7 @@
 #include <math.h>
 
 /* rows of one task: enough work to be worth sharing */
-#define TASK_ELEMENTS 16384
+#define TASK_ELEMENTS 4096
 #define MAX_HEAD_DIM 1024
 
 INLINE int64_t rows_per_task(int64_t elements) { return 1 + TASK_ELEMENTS / (elements + 1); }
@@ -22,30 +22,41 @@ typedef struct {
     int32_t dtype;
 } Norm;
 
+/* dtype is a constant */
+INLINE void norm_row(const Norm *p, int64_t row, int dtype) {
+    vf squares[2] = {};
+    float tail = 0;
+    int64_t i = 0, from = row * p->stride, to = row * p->size;
+    const void *x = p->residual ? p->residual : p->x;
+    for (; i + 16 <= p->size; i += 16) {
+        vf v = load_as_f(p->x, from + i, dtype);
+        if (p->residual) { /* what is normalised is the rounded sum */
+            store_as(p->residual, to + i, load_as_f(p->residual, to + i, dtype) + v, dtype);
+            v = load_as_f(p->residual, to + i, dtype);
+        }
+        squares[i / 16 % 2] += v * v;
+    }
+    for (; i < p->size; i++) {
+        float v = load_as_f1(p->x, from + i, dtype);
+        if (p->residual) {
+            store_as1(p->residual, to + i, load_as_f1(p->residual, to + i, dtype) + v, dtype);
+            v = load_as_f1(p->residual, to + i, dtype);
+        }
+        tail += v * v;
+    }
+    from = p->residual ? to : from;
+    float scale = 1 / sqrtf((sum_f(squares[0] + squares[1]) + tail) / p->size + p->eps);
+    for (i = 0; i + 16 <= p->size; i += 16)
+        store_as(p->out, to + i, load_as_f(x, from + i, dtype) * SPREAD(scale) * load_as_f(p->weight, i, dtype), dtype);
+    for (; i < p->size; i++)
+        store_as1(p->out, to + i, load_as_f1(x, from + i, dtype) * scale * load_as_f1(p->weight, i, dtype), dtype);
+}
+
 static void norm_task(void *argument, int64_t index) {
     const Norm *p = argument;
     FOR_ROWS(p, index, row) {
-        vf squares = {};
-        float tail = 0;
-        int64_t i = 0, from = row * p->stride, to = row * p->size;
-        const void *x = p->residual ? p->residual : p->x;
-        if (p->residual) {
-            for (; i + 16 <= p->size; i += 16)
-                store_as(p->residual, to + i, load_as_f(p->residual, to + i, p->dtype) + load_as_f(p->x, from + i, p->dtype), p->dtype);
-            for (; i < p->size; i++)
-                store_as1(p->residual, to + i, load_as_f1(p->residual, to + i, p->dtype) + load_as_f1(p->x, from + i, p->dtype), p->dtype);
-            from = to;
-        }
-        for (i = 0; i + 16 <= p->size; i += 16) {
-            vf v = load_as_f(x, from + i, p->dtype);
-            squares += v * v;
-        }
-        for (; i < p->size; i++) tail += load_as_f1(x, from + i, p->dtype) * load_as_f1(x, from + i, p->dtype);
-        float scale = 1 / sqrtf((sum_f(squares) + tail) / p->size + p->eps);
-        for (i = 0; i + 16 <= p->size; i += 16)
-            store_as(p->out, to + i, load_as_f(x, from + i, p->dtype) * SPREAD(scale) * load_as_f(p->weight, i, p->dtype), p->dtype);
-        for (; i < p->size; i++)
-            store_as1(p->out, to + i, load_as_f1(x, from + i, p->dtype) * scale * load_as_f1(p->weight, i, p->dtype), p->dtype);
+        if (p->dtype == BFLOAT16) norm_row(p, row, BFLOAT16);
+        else norm_row(p, row, FLOAT32);
     }
 }
 
@@ -123,26 +134,33 @@ INLINE void normalise_head(float *x, const Rotate *p, int64_t head) {
         x[i] *= scale * load_as_f1(p->norm_weight, head * p->head_dim + i, p->dtype);
 }
 
+/* dim and dtype are constants for the usual ones */
+INLINE void rotate_row(const Rotate *p, int64_t row, int64_t dim, int dtype) {
+    int64_t half = dim / 2, size = dtype == BFLOAT16 ? 2 : 4;
+    int64_t width = (p->heads + 2 * p->kv_heads) * dim, kv_width = p->kv_heads * dim;
+    const float *cos = p->cos + row * dim, *sin = p->sin + row * dim;
+    float x[MAX_HEAD_DIM], y[MAX_HEAD_DIM];
+    char *q = (char *)p->qkv + row * width * size;
+    for (int64_t head = 0; head < p->heads + p->kv_heads; head++) {
+        int64_t at = head * dim;
+        for (int64_t i = 0; i < dim; i++) x[i] = load_as_f1(q, at + i, dtype);
+        if (p->norm_weight && p->norm_first) normalise_head(x, p, head);
+        for (int64_t i = 0; i < half; i++) y[i] = x[i] * cos[i] + x[i + half] * sin[i];
+        for (int64_t i = 0; i < half; i++) y[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
+        if (p->norm_weight && !p->norm_first) normalise_head(y, p, head);
+        for (int64_t i = 0; i < dim; i++) store_as1(q, at + i, y[i], dtype);
+    }
+    char *k = q + p->heads * dim * size, *to = (char *)p->kv + (p->index[row] + p->key_start) * kv_width * size;
+    memcpy(to, k, kv_width * size);
+    memcpy(to + p->page_size * kv_width * size, k + kv_width * size, kv_width * size);
+}
+
 static void rotate_task(void *argument, int64_t index) {
     const Rotate *p = argument;
-    int64_t dim = p->head_dim, half = dim / 2, size = p->dtype == BFLOAT16 ? 2 : 4;
-    int64_t width = (p->heads + 2 * p->kv_heads) * dim, kv_width = p->kv_heads * dim;
-    float x[MAX_HEAD_DIM], y[MAX_HEAD_DIM];
     FOR_ROWS(p, index, row) {
-        char *q = (char *)p->qkv + row * width * size;
-        for (int64_t head = 0; head < p->heads + p->kv_heads; head++) {
-            int64_t at = head * dim;
-            for (int64_t i = 0; i < dim; i++) x[i] = load_as_f1(q, at + i, p->dtype);
-            if (p->norm_weight && p->norm_first) normalise_head(x, p, head);
-            const float *cos = p->cos + row * dim, *sin = p->sin + row * dim;
-            for (int64_t i = 0; i < half; i++) y[i] = x[i] * cos[i] + x[i + half] * sin[i];
-            for (int64_t i = 0; i < half; i++) y[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
-            if (p->norm_weight && !p->norm_first) normalise_head(y, p, head);
-            for (int64_t i = 0; i < dim; i++) store_as1(q, at + i, y[i], p->dtype);
-        }
-        char *k = q + p->heads * dim * size, *to = (char *)p->kv + (p->index[row] + p->key_start) * kv_width * size;
-        memcpy(to, k, kv_width * size);
-        memcpy(to + p->page_size * kv_width * size, k + kv_width * size, kv_width * size);
+        if (p->dtype == BFLOAT16 && p->head_dim == 64) rotate_row(p, row, 64, BFLOAT16);
+        else if (p->dtype == BFLOAT16 && p->head_dim == 128) rotate_row(p, row, 128, BFLOAT16);
+        else rotate_row(p, row, p->head_dim, p->dtype);
     }
 }
 
