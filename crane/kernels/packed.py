@@ -146,13 +146,18 @@ def _allocate(nbytes: int) -> Tensor:
     """Memory for panels, from large pieces in huge pages: small pages cost 5 to 10 % of the speed they are read at."""
     global _room
     if nbytes > len(_room):
-        piece = mmap.mmap(-1, max(nbytes, _ROOM_BYTES), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                piece.madvise(mmap.MADV_HUGEPAGE)
-        _room = torch.frombuffer(piece, dtype=torch.uint8)
+        _room = in_huge_pages(max(nbytes, _ROOM_BYTES))
     taken, _room = _room[:nbytes], _room[-(-nbytes // 64) * 64 :]
     return taken
+
+
+def in_huge_pages(nbytes: int) -> Tensor:
+    """Memory of zeros, uint8 [nbytes]; in huge pages where the system has them."""
+    piece = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            piece.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(piece, dtype=torch.uint8)
 
 
 def _measure_amx_rows(kind: tuple[int, int, int], num_rows: int, columns: int) -> int:

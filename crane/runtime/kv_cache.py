@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from crane.errors import SettingsError
+from crane.kernels.packed import in_huge_pages
 from crane.kernels.page_copy import copy_pages
 from crane.models.config import ModelConfig
 from crane.models.files import Checkpoint
@@ -30,6 +31,8 @@ def allocate_pages(config: ModelConfig, num_pages: int, page_size: int, *, dtype
     copy. Within a layer a token's heads lie together, as flash kernels read them.
     """
     shape = (num_pages, config.num_layers, 2, page_size, config.num_kv_heads, config.head_dim)
+    if device.type == "cpu":  # attention on small ones waits as long for their addresses as for what they contain
+        return in_huge_pages(num_pages * page_bytes(config, page_size, dtype)).view(dtype).view(shape)
     return torch.empty(shape, dtype=dtype, device=device)
 
 

@@ -28,7 +28,7 @@ typedef struct {
     float scale;
     int32_t dtype, use_amx;
     const int32_t *task_entry, *task_chunk;
-    int64_t tasks_per_chunk;
+    int64_t tasks, tasks_per_chunk;
     int64_t bundle, splits, split; /* K/V heads taken together, tasks of them, and query heads of each but the last */
     float *parts; /* [tasks, split, head_dim + 2]: sums of values, largest score, sum of weights */
 } Decode;
@@ -40,16 +40,24 @@ INLINE const char *key_at(const Decode *p, int64_t entry, int64_t at, int64_t he
     return (const char *)p->kv + (token * p->kv_heads + head) * p->head_dim * size;
 }
 
+/* Of a context's positions, in equal parts but for their rounding. */
+INLINE int64_t num_chunks(const Decode *p, int64_t entry) { return (p->lengths[entry] + CHUNK - 1) / CHUNK; }
+INLINE int64_t chunk_size(const Decode *p, int64_t entry) {
+    int64_t chunks = num_chunks(p, entry);
+    return (p->lengths[entry] + 32 * chunks - 1) / (32 * chunks) * 32;
+}
+
 /* What one task computes: query heads [first, first + heads) of an entry, and positions [begin, end) of it. */
 typedef struct { int64_t entry, first, heads, begin, end; } Task;
 
 INLINE Task task_at(const Decode *p, int64_t index) {
-    int64_t entry = p->task_entry[index], begin = (int64_t)p->task_chunk[index] * CHUNK, length = p->lengths[entry];
+    int64_t entry = p->task_entry[index], size = chunk_size(p, entry), length = p->lengths[entry];
+    int64_t begin = p->task_chunk[index] * size;
     int64_t place = index % (p->tasks_per_chunk), wide = p->bundle * (p->heads / p->kv_heads);
     int64_t first = place / p->splits * wide + place % p->splits * p->split, last = (place / p->splits + 1) * wide;
     last = last < p->heads ? last : p->heads;
     return (Task){entry, first, last - first < p->split ? last - first : p->split, begin,
-                  begin + CHUNK < length ? begin + CHUNK : length};
+                  begin + size < length ? begin + size : length};
 }
 
 /* The result of a head whose context is one chunk, else what `merge` needs. */
@@ -145,19 +153,24 @@ INLINE void decode(const Decode *p, int64_t index, int64_t dim, int dtype) {
 }
 
 #ifdef __AMX_BF16__
-/* Keys of BLOCK positions and their values: `wide` bytes of each. */
-INLINE void fetch(const Decode *p, const char *keys, int64_t stride, int64_t wide) {
-    const char *values = keys + p->page_size * stride;
-    for (int64_t t = 0; t < BLOCK; t++)
-        for (int64_t i = 0; i < wide; i += 64) {
-            _mm_prefetch(keys + t * stride + i, _MM_HINT_T0);
-            _mm_prefetch(values + t * stride + i, _MM_HINT_T1);
-        }
+/* Keys and values that shall be in the second cache when the next task wants them, in a block at a time. A burst of
+such requests holds up all that follows, so they are made one position's after the other between other work. */
+typedef struct { const char *const *keys; int64_t position, left, stride, wide, behind; } Ahead;
+
+INLINE void fetch(Ahead *a) {
+    if (a->left <= 0) return;
+    const char *from = *a->keys + a->position * a->stride;
+    for (int64_t i = 0; i < a->wide; i += 64) {
+        _mm_prefetch(from + i, _MM_HINT_T1);
+        _mm_prefetch(from + a->behind + i, _MM_HINT_T1);
+    }
+    a->left--;
+    if (++a->position == BLOCK) a->position = 0, a->keys++;
 }
 
 /* The weights of all positions, exp(score - largest), rounded to bfloat16, as AMX wants its first operand: for each
 32 positions [16 heads][32]. Returns their sums and the largest scores by head. */
-INLINE vf weigh(const vf *scores, int64_t count, float scale, vu *weights, vf *most) {
+INLINE vf weigh(const vf *scores, int64_t count, float scale, vu *weights, vf *most, Ahead *ahead) {
     vf largest = SPREAD(-INFINITY), total = {};
     for (int64_t t = 0; t < count; t++) largest = max_v(largest, scores[t]);
     *most = largest * SPREAD(scale);
@@ -165,10 +178,12 @@ INLINE vf weigh(const vf *scores, int64_t count, float scale, vu *weights, vf *m
         vu pairs[16];
         for (int64_t i = 0; i < 16; i++) {
             vu each[2];
+            if (i % 4 == 0) fetch(ahead);
             for (int64_t j = 0; j < 2; j++) {
                 int64_t at = t + 2 * i + j;
                 each[j] = (vu){};
-                if (at < count) each[j] = round_bf16(exp_v((scores[at] - largest) * SPREAD(scale))) & 0xffff0000;
+                vf power = (scores[at] - largest) * SPREAD(scale * 1.44269504f);
+                if (at < count) each[j] = round_bf16(exp2_v(power)) & 0xffff0000;
                 total += (vf)each[j];
             }
             pairs[i] = each[0] >> 16 | each[1];
@@ -178,10 +193,24 @@ INLINE vf weigh(const vf *scores, int64_t count, float scale, vu *weights, vf *m
     return total;
 }
 
-/* sums[head][i] += weights @ values over all positions, for up to 64 elements of a K/V head from `start` bytes on. */
-INLINE void amx_values(const Decode *p, const char *const *keys, int64_t start, int64_t tiles, int64_t count,
-                       const vu *weights, vf sums[][4]) {
-    int64_t stride = p->kv_heads * p->head_dim * 2, behind = p->page_size * stride + start;
+/* Scores of up to 2 * BLOCK positions from keys[0] and keys[1] on: two sums at once hide how long each takes. */
+INLINE void amx_scores(const char *const *keys, int64_t stride, int64_t dim, int64_t kv_heads,
+                       const vu queries[][MAX_DIM / 2], vf *scores, Ahead *ahead) {
+    _tile_zero(0); _tile_zero(1);
+    for (int64_t j = 0; j < kv_heads; j++)
+        for (int64_t i = 0; i < dim; i += 32) {
+            _tile_loadd(4, queries[j] + i / 2, 64);
+            _tile_loadd(5, keys[0] + (j * dim + i) * 2, stride); _tile_dpbf16ps(0, 5, 4);
+            _tile_loadd(6, keys[1] + (j * dim + i) * 2, stride); _tile_dpbf16ps(1, 6, 4);
+            fetch(ahead); fetch(ahead); fetch(ahead);
+        }
+    _tile_stored(0, scores, 64); _tile_stored(1, scores + BLOCK, 64);
+}
+
+/* to[head][i] = weights @ values over all positions, for up to 64 elements of a K/V head from `values` on, where the
+first page has them. */
+INLINE void amx_values(const char *const *keys, int64_t behind, int64_t stride, int64_t tiles, int64_t count,
+                       const vu *weights, vf *to, Ahead *ahead) {
     static const uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     __m512i first = _mm512_loadu_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
@@ -189,6 +218,7 @@ INLINE void amx_values(const Decode *p, const char *const *keys, int64_t start, 
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (int64_t t = 0; t < count; t += 32, weights += 16) {
         for (int64_t i = 0; i < 16; i++) {
+            if (i % 2) fetch(ahead);
             int64_t at = t + 2 * i;
             const char *from = keys[at / BLOCK] + behind + at % BLOCK * stride;
             for (int64_t n = 0; n < tiles; n += 2) {
@@ -206,48 +236,54 @@ INLINE void amx_values(const Decode *p, const char *const *keys, int64_t start, 
         _tile_loadd(5, values[2], 64); _tile_dpbf16ps(2, 4, 5);
         _tile_loadd(6, values[3], 64); _tile_dpbf16ps(3, 4, 6);
     }
-    _tile_stored(0, &sums[0][0], 256); _tile_stored(1, &sums[0][1], 256);
-    _tile_stored(2, &sums[0][2], 256); _tile_stored(3, &sums[0][3], 256);
+    _tile_stored(0, to, MAX_DIM * 4); _tile_stored(1, to + 1, MAX_DIM * 4);
+    if (tiles == 2) return;
+    _tile_stored(2, to + 2, MAX_DIM * 4); _tile_stored(3, to + 3, MAX_DIM * 4);
+}
+
+/* Where the blocks of a task have their keys. Returns how many. */
+INLINE int64_t find_keys(const Decode *p, const Task *t, const char **keys) {
+    int64_t head = t->first / (p->heads / p->kv_heads), blocks = 0;
+    for (int64_t at = t->begin; at < t->end; at += BLOCK) keys[blocks++] = key_at(p, t->entry, at, head, 2);
+    return blocks;
 }
 
 INLINE void amx_decode(const Decode *p, int64_t index, int64_t dim) {
     Task task = task_at(p, index);
     int64_t group = p->heads / p->kv_heads, head = task.first / group, count = task.end - task.begin;
     int64_t kv_heads = (task.first + task.heads - 1) / group - head + 1, stride = p->kv_heads * dim * 2;
+    int64_t wide = kv_heads * dim * 2, behind = p->page_size * stride, each = task.heads / kv_heads;
     const uint16_t *q = (const uint16_t *)p->q + p->tokens[task.entry] * p->q_stride + task.first * dim;
     vu queries[MAX_GROUP][MAX_DIM / 2], rows[16]; /* as AMX wants its second operand: [head_dim / 2][16 heads][2] */
-    const char *keys[CHUNK / BLOCK + 1];
-    vf scores[CHUNK], most, sums[MAX_GROUP][MAX_DIM / 16], some[16][4];
+    const char *keys[CHUNK / BLOCK + 1], *next_keys[CHUNK / BLOCK];
+    vf scores[CHUNK + BLOCK], most, sums[MAX_GROUP][MAX_DIM / 16];
     vu weights[CHUNK / 2];
+    int64_t blocks = find_keys(p, &task, keys), next = index + crane_threads();
+    keys[blocks] = keys[0]; /* of which nothing counts */
+    Ahead ahead = {keys, 0, index < crane_threads() ? count : 0, stride, wide, behind};
+    while (ahead.left) fetch(&ahead); /* of the first tasks nothing was fetched */
+    if (next < p->tasks) {
+        Task then = task_at(p, next);
+        find_keys(p, &then, next_keys);
+        ahead = (Ahead){next_keys, 0, then.end - then.begin, stride, wide, behind};
+    }
     for (int64_t j = 0; j < kv_heads; j++)
         for (int64_t i = 0; i < dim; i += 32) {
             for (int64_t h = 0; h < 16; h++)
-                rows[h] = h < task.heads && (task.first + h) / group - head == j ? load_u(q + h * dim + i) : (vu){};
+                rows[h] = h < task.heads && h / each == j ? load_u(q + h * dim + i) : (vu){};
             transpose(rows, queries[j] + i / 2);
         }
-    configure();
-    for (int64_t b = 0; b * BLOCK < count; b++) keys[b] = key_at(p, task.entry, task.begin + b * BLOCK, head, 2);
-    keys[(count + BLOCK - 1) / BLOCK] = keys[0]; /* of which nothing is read */
-    for (int64_t b = 0; b * BLOCK < count; b++) {
-        if ((b + 1) * BLOCK < count) fetch(p, keys[b + 1], stride, kv_heads * dim * 2);
-        _tile_zero(0);
-        for (int64_t j = 0; j < kv_heads; j++)
-            for (int64_t i = 0; i < dim; i += 32) {
-                _tile_loadd(4, keys[b] + (j * dim + i) * 2, stride);
-                _tile_loadd(5, queries[j] + i / 2, 64);
-                _tile_dpbf16ps(0, 4, 5);
-            }
-        _tile_stored(0, scores + b * BLOCK, 64);
-    }
-    vf total = weigh(scores, count, p->scale, weights, &most);
+    configure(16);
+    for (int64_t b = 0; b < blocks; b += 2)
+        amx_scores(keys + b, stride, dim, kv_heads, queries, scores + b * BLOCK, &ahead);
+    vf total = weigh(scores, count, p->scale, weights, &most, &ahead);
+    configure(each);
     for (int64_t j = 0; j < kv_heads; j++)
-        for (int64_t i = 0; i < dim; i += 64) {
-            int64_t tiles = dim - i < 64 ? 2 : 4;
-            amx_values(p, keys, (j * dim + i) * 2, tiles, count, weights, some);
-            for (int64_t h = 0; h < task.heads; h++)
-                if ((task.first + h) / group - head == j) memcpy(&sums[h][i / 16], some[h], tiles * 64);
-        }
+        for (int64_t i = 0; i < dim; i += 64)
+            amx_values(keys, behind + (j * dim + i) * 2, stride, dim - i < 64 ? 2 : 4, count, weights + j * each,
+                       &sums[j * each][i / 16], &ahead);
     _tile_release();
+    while (ahead.left > 0) fetch(&ahead);
     for (int64_t h = 0; h < task.heads; h++) finish(p, &task, index, h, sums[h], most[h], total[h]);
 }
 #endif
@@ -286,8 +322,6 @@ static void merge(const Decode *p, int64_t entry, int64_t task, int64_t chunks) 
     }
 }
 
-INLINE int64_t num_chunks(const Decode *p, int64_t entry) { return (p->lengths[entry] + CHUNK - 1) / CHUNK; }
-
 /* Divides the work and does it; lengths and the table are read now. */
 static int32_t run_decode(const void *argument) {
     Decode p = *(const Decode *)argument;
@@ -297,7 +331,7 @@ static int32_t run_decode(const void *argument) {
     p.split = p.bundle * group < MAX_GROUP ? p.bundle * group : MAX_GROUP;
     p.splits = (p.bundle * group + p.split - 1) / p.split;
     p.tasks_per_chunk = (p.kv_heads + p.bundle - 1) / p.bundle * p.splits;
-    int64_t tasks = chunks * p.tasks_per_chunk;
+    int64_t tasks = p.tasks = chunks * p.tasks_per_chunk;
     char *room = malloc(tasks * (8 + p.split * (p.head_dim + 2) * 4) + 64);
     if (!room) return 1;
     int32_t *entry = (int32_t *)room, *chunk = entry + tasks, *at = entry;

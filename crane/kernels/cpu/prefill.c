@@ -182,7 +182,7 @@ INLINE void prefill(const Prefill *p, const Task *t, int64_t dim) {
         room->most[i] = SPREAD(-1e30f), room->total[i] = (vf){};
         memset(room->sums + i * dim, 0, dim * 64);
     }
-    configure();
+    configure(16);
     for (int64_t begin = 0; begin < end; begin += BLOCK) {
         const char *keys[BLOCK / 16];
         find_keys(p, t, begin, end, keys);

@@ -1,13 +1,14 @@
-/* AMX for attention: all eight tiles are 16 rows of 64 bytes, and 16 x 16 numbers can be transposed on the way. */
+/* AMX for attention: eight tiles of 64 bytes a row, and 16 x 16 numbers can be transposed on the way. */
 #pragma once
 #include "common.h"
 #ifdef __AMX_BF16__
 
 typedef struct { uint8_t palette, start, zero[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } TileConfig;
 
-INLINE void configure(void) {
+/* rows: of tiles 0 to 4, sums and their first operand; the others have 16. */
+INLINE void configure(int rows) {
     TileConfig c = {.palette = 1};
-    for (int i = 0; i < 8; i++) c.row_bytes[i] = 64, c.rows[i] = 16;
+    for (int i = 0; i < 8; i++) c.row_bytes[i] = 64, c.rows[i] = i < 5 ? rows : 16;
     __asm__ volatile("" : : "r"(&c) : "memory");
     _tile_loadconfig(&c);
 }
