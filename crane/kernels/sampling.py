@@ -9,8 +9,8 @@ state to save, swap or share.
 Filters work by value: a token is kept when its logit reaches the threshold, so tokens
 tied at the threshold are all kept and no order among equals is ever invented.
 
-The kernels `draw.sample` and `logprobs.log_probabilities` compute the same on a GPU, cpu/sample.c where there are C
-kernels; this is their reference.
+The kernels `draw.sample` and `logprobs.log_probabilities` compute the same on a GPU, cpu/sample.c and cpu/logprobs.c
+where there are C kernels; this is their reference.
 """
 
 from dataclasses import dataclass, replace
