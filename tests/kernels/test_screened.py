@@ -1,6 +1,7 @@
 """The best columns by a 4-bit screen: those of all logits, whatever weights and x are, and rarely all of the weight."""
 
 import ctypes
+import re
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,9 @@ from crane.models.config import load_config
 from crane.models.files import open_checkpoint
 from crane.models.registry import load_model
 from crane.models.tokenizer import load_tokenizer
+from crane.runtime.engine import Engine
+from crane.runtime.settings import Settings
+from crane.runtime.types import Generate, SamplingParams
 from tests.models.paged import PagedRun
 
 VOCAB, COLUMNS, KNOWN = 6007, 512, 5990
@@ -190,3 +194,21 @@ def test_a_real_model_finds_the_best_token_of_every_position(c_kernels, request,
     if name == "qwen_coder":
         assert linear.screen.num_whole < 0.1 * linear.screen.num_screened
         assert linear.screen.num_blocks < 0.1 * linear.screen.num_screened * weight.shape[0] / 64
+
+
+def test_an_engine_answers_the_same_without_and_says_what_the_screen_spared(qwen_coder):
+    answers = {}
+    for wanted in (True, False):
+        engine = Engine(Settings(model_path=str(qwen_coder), cpu=True, threads=2, max_model_len=128, max_concurrent=4,
+                                 screen=wanted, dtype="bfloat16"))  # fmt: skip
+        for place in range(3):
+            sampling = SamplingParams(temperature=0.0, max_tokens=20 + 10 * place, ignore_eos=True)
+            engine.add(Generate(f"r{place}", list(range(750 + place, 760)), sampling))
+        found = answers[wanted] = {}
+        while engine.has_work:
+            for output in engine.step():
+                found.setdefault(output.rid, []).extend(output.token_ids)
+        state = engine.stats().kernels["screen"]
+        spared = r"\d+ steps computed \d\.\d% of the layer, \d all of it"
+        assert re.fullmatch(spared if wanted else "not used", state)
+    assert answers[True] == answers[False]
