@@ -24,17 +24,18 @@ typedef struct {
 
 /* dtype is a constant */
 INLINE void norm_row(const Norm *p, int64_t row, int dtype) {
-    vf squares[2] = {};
+    vf squares = {};
     float tail = 0;
     int64_t i = 0, from = row * p->stride, to = row * p->size;
     const void *x = p->residual ? p->residual : p->x;
     for (; i + 16 <= p->size; i += 16) {
         vf v = load_as_f(p->x, from + i, dtype);
         if (p->residual) { /* what is normalised is the rounded sum */
-            store_as(p->residual, to + i, load_as_f(p->residual, to + i, dtype) + v, dtype);
-            v = load_as_f(p->residual, to + i, dtype);
+            v += load_as_f(p->residual, to + i, dtype);
+            store_as(p->residual, to + i, v, dtype);
+            if (dtype == BFLOAT16) v = from_bf16(to_bf16(v));
         }
-        squares[i / 16 % 2] += v * v;
+        squares += v * v;
     }
     for (; i < p->size; i++) {
         float v = load_as_f1(p->x, from + i, dtype);
@@ -45,7 +46,7 @@ INLINE void norm_row(const Norm *p, int64_t row, int dtype) {
         tail += v * v;
     }
     from = p->residual ? to : from;
-    float scale = 1 / sqrtf((sum_f(squares[0] + squares[1]) + tail) / p->size + p->eps);
+    float scale = 1 / sqrtf((sum_f(squares) + tail) / p->size + p->eps);
     for (i = 0; i + 16 <= p->size; i += 16)
         store_as(p->out, to + i, load_as_f(x, from + i, dtype) * SPREAD(scale) * load_as_f(p->weight, i, dtype), dtype);
     for (; i < p->size; i++)
