@@ -126,7 +126,9 @@ def weight_bytes(model) -> int:
         linears += [layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down]
     total = 0
     for linear in linears:
-        if isinstance(linear, PackedLinear):
+        if isinstance(linear, PackedLinear) and linear.screen:
+            total += linear.screen_panels.nbytes  # and a little of the rest, as a rule
+        elif isinstance(linear, PackedLinear):
             total += sum(part.panels.nbytes for part in linear.parts)
         elif isinstance(linear, Linear):
             total += linear.weight.nbytes or linear.weight.numel() * linear.weight.element_size()

@@ -238,8 +238,8 @@ class PackedLinear:
         if weight.struct.bits not in (6, 8) or self.in_features > _MOST_SCREENED:
             return
         self.screen = native.Screen(native.Weight(None, weight.struct.bias, *weight.shape, 4, 1, 0, 8))
-        self._screen_panels = _allocate(native.library().crane_weight_bytes(ctypes.byref(self.screen.weight)))
-        self.screen.weight.panels = self._screen_panels.data_ptr()
+        self.screen_panels = _allocate(native.library().crane_weight_bytes(ctypes.byref(self.screen.weight)))
+        self.screen.weight.panels = self.screen_panels.data_ptr()
         seed = secrets.randbits(64) if seed is None else seed
         native.library().crane_screen(ctypes.byref(weight.struct), ctypes.byref(self.screen), seed)
 

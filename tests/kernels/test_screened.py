@@ -137,7 +137,7 @@ def test_the_screen_is_right_on_average_and_within_what_its_bound_says(c_kernels
     errors, bounds = [], []
     for seed in range(300):
         linear = screened(weight, seed)
-        made = PackedWeight(linear._screen_panels, linear.screen.weight).rows(torch.arange(64), torch.float32)
+        made = PackedWeight(linear.screen_panels, linear.screen.weight).rows(torch.arange(64), torch.float32)
         # a step of the screen: what its codes differ by in a group of 32
         step = made.view(64, -1, 32).sort(2).values.diff(dim=2)
         step = step.masked_fill(step < 1e-6, torch.inf).amin(2)
