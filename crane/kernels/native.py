@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
@@ -37,6 +37,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER = c_void_p
 _SIGNATURES = {
     "crane_set_threads": (None, [c_int32, c_int32]),
+    "crane_hold": (None, []),
+    "crane_release": (None, []),
     "crane_has_amx": (c_int32, []),
     "crane_weight_bytes": (c_int64, [_POINTER]),
     "crane_pack": (None, [_POINTER, c_int32, _POINTER, c_int64, _POINTER, _POINTER, c_int64, c_int64]),
@@ -126,6 +128,19 @@ def measured(name: str, measure: Callable[[], int]) -> int:
             made.write_text(json.dumps(known))
             os.replace(made, _notes)
     return known[name]
+
+
+@contextlib.contextmanager
+def held(wanted: bool) -> Iterator[None]:
+    """If wanted, the kernels' threads stay awake between this thread's calls: only where torch's want no core."""
+    library = _library if wanted else None
+    if library is not None:
+        library.crane_hold()
+    try:
+        yield
+    finally:
+        if library is not None:
+            library.crane_release()
 
 
 def unload() -> None:

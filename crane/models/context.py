@@ -46,6 +46,11 @@ class ForwardContext:
         return plan_attention(self.kv, self.query_lens, self.query_starts, self.context_lens, self.page_table,
                               fixed=self.fixed)  # fmt: skip
 
+    @property
+    def is_prompt_in_c(self) -> bool:
+        """Whether the C kernels compute a step with prompts, all but what is next to nothing."""
+        return isinstance(self.attention_plan, AttentionPlan) and self.attention_plan.tiled is not None
+
     @cached_property
     def wants_new_kv(self) -> bool:
         """Whether attention takes this step's keys and values as they are, not from pages only."""

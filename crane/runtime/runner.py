@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crane.kernels import native
 from crane.kernels.transfer import download, fill_in, upload
 from crane.models.context import ForwardContext
 from crane.runtime.batch import Batch, Picked, Row
@@ -137,7 +138,9 @@ class ModelRunner:
         ids = self._ints(token_ids)
         if min(token_ids) < 0:
             ids = fill_in(ids, before.drawn)
-        return self.model(ids, self._context(rows, query_starts, fixed))
+        context = self._context(rows, query_starts, fixed)
+        with native.held(context.is_prompt_in_c):
+            return self.model(ids, context)
 
     def _draw_fixed(self, rows: list[Row], ends: list[int], hidden: Tensor, constrained: dict[int, Constraint],
                     picked: list[Picked], launched: Launched) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import threading
+import time
 
 import gguf
 import numpy as np
@@ -226,6 +227,23 @@ def test_threads_that_multiply_at_the_same_time_get_their_own_results(c_kernels)
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_threads_that_are_held_compute_for_all_and_sleep_once_they_are_let_go(c_kernels):
+    linear, x = PackedLinear([pack_blocks(random_weight("Q8_0", 512, 256))]), torch.randn(3, 256)
+    expected, found = linear(x), []
+    for _ in range(2):  # the first time must not leave them held
+        with pytest.raises(KeyError), native.held(True):
+            other = threading.Thread(target=lambda: found.append(linear(x)))
+            other.start()
+            found.append(linear(x))
+            other.join()
+            raise KeyError
+    assert all(torch.equal(each, expected) for each in found) and len(found) == 4
+    time.sleep(0.1)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "hunyuan"])

@@ -1,5 +1,6 @@
 """Decode steps as recorded C calls: the same bits as steps computed call by call, or a reason why there are none."""
 
+import contextlib
 import ctypes
 import gc
 import random
@@ -11,6 +12,7 @@ import weakref
 import pytest
 import torch
 
+from crane.kernels import native
 from crane.kernels.norm import rms_norm
 from crane.kernels.recording import Memory, NotRecordable, record
 from crane.models.config import load_config
@@ -235,6 +237,17 @@ def test_an_engine_gives_the_same_answers_with_and_without(tmp_path, overlap):
         state = engine.stats().kernels["recorded_steps"]
         assert state.startswith("for 1, 2, 3, 4 rows") if wanted else state == "not used"
     assert found[True] == found[False]
+
+
+@pytest.mark.parametrize("dtype, page_size", [("bfloat16", 16), ("bfloat16", 8), ("float32", 16)])
+def test_threads_stay_awake_in_steps_with_prompts_that_torch_has_no_part_in(tmp_path, monkeypatch, dtype, page_size):
+    path, wanted = str(make_tiny(tmp_path, "qwen3", head_dim=32)), []
+    engine = Engine(Settings(model_path=path, dtype=dtype, cpu=True, threads=2, page_size=page_size))
+    monkeypatch.setattr(native, "held", lambda asked: wanted.append(asked) or contextlib.nullcontext())
+    engine.add(Generate("r", list(range(3, 40)), SamplingParams(max_tokens=2, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+    assert wanted[0] == (dtype == "bfloat16" and page_size == 16 and native.has_amx())
 
 
 def test_the_first_recorded_step_does_not_load_torchs_compiler(tmp_path):
