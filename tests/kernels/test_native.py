@@ -135,6 +135,15 @@ def test_the_best_token_is_the_first_with_the_largest_logit_across_slices(c_kern
     linear.best(x * torch.nan, 2600)  # gives anything, but ends
 
 
+def test_a_logit_that_is_no_number_is_never_the_best_and_hides_no_other(c_kernels):
+    bias = torch.linspace(0, 0.1, 2600)
+    bias[torch.randperm(2600, generator=torch.manual_seed(2))[:1300]] = torch.nan
+    linear = PackedLinear([pack("Q8_0", 2600, 64, [random_weight("Q8_0", 2600, 64).data])], bias)
+    x = torch.randn(20, 64, generator=torch.manual_seed(1))
+    expected = linear(x, torch.float32).nan_to_num(-torch.inf).argmax(1)
+    assert linear.best(x, 2600).tolist() == expected.tolist()
+
+
 def test_without_avx512_products_and_draws_are_the_same(tmp_path, monkeypatch):
     flags = [flag.replace("=native", "=haswell").replace("-O3", "-O1") for flag in native._FLAGS]
     monkeypatch.setattr(native, "_FLAGS", flags)

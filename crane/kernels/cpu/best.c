@@ -18,7 +18,7 @@ static void search_row(void *argument, int64_t row) {
     int64_t i = 0, at = 0;
     vf most[4] = {SPREAD(-INFINITY), SPREAD(-INFINITY), SPREAD(-INFINITY), SPREAD(-INFINITY)};
     for (; i + 64 <= s->count; i += 64)
-        for (int n = 0; n < 4; n++) most[n] = max_v(most[n], load_f(sums + i + 16 * n));
+        for (int n = 0; n < 4; n++) most[n] = max_v(load_f(sums + i + 16 * n), most[n]); /* not NaN */
     vf all = max_v(max_v(most[0], most[1]), max_v(most[2], most[3]));
     for (int lane = 0; lane < 16; lane++) largest = fmaxf(largest, all[lane]);
     for (; i < s->count; i++) largest = fmaxf(largest, sums[i]);
