@@ -197,18 +197,24 @@ def test_killing_the_arbiter_leaves_no_process(tiny):
         assert all("[DONE]" not in stream.finish(1) for stream in streams)
 
 
+def takes_connections(server):
+    try:
+        server.get("/health", timeout_s=2)
+    except OSError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("args", [(), ("-k", "gthread", "--threads", "8")], ids=["asgi", "gthread"])
 def test_sigterm_drains_running_streams_and_refuses_new_ones(tiny, args):
     with start_server(tiny, "--timeout", "2", *args) as server:
-        # enough work for some seconds: a tiny model alone decodes a token in a millisecond
+        # enough work to last until nobody is let in: a tiny model alone decodes a token in a millisecond
         busy = {**ENDLESS, "max_tokens": 1500, "n": 8, "logprobs": 5}
         stream = server.stream("/v1/completions", busy).flowing()
         engine = server.engine_pid()
         server.process.terminate()
-        time.sleep(1.5)
+        wait_for(lambda: not takes_connections(server))
         assert not stream.ended
-        with pytest.raises(OSError):
-            server.get("/health", timeout_s=2)
         assert stream.finish(30)[-1] == "[DONE]"
         assert server.process.wait(10) == 0
         wait_for(lambda: not psutil.pid_exists(engine), 5)

@@ -93,7 +93,7 @@ def test_profile_step_divides_a_step_into_its_parts(tmp_path, recorded):
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["plain_ms"] > 0 and document["limit_ms"] > 0
     parts = document["parts_ms"]
-    wanted = {"product", "output layer", "outside"} if recorded else {"products", "norms", "drawing"}
+    wanted = {"product", "best token", "outside"} if recorded else {"products", "norms", "drawing"}
     assert wanted | {"attention"} <= parts.keys() and all(ms >= 0 for ms in parts.values())
 
 

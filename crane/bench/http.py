@@ -97,11 +97,11 @@ class Server:
 
 
 def body_for(options: argparse.Namespace, model: str, rng: random.Random) -> dict:
-    """A greedy request of random words that runs to its limit."""
+    """A greedy request of random words that runs to its limit, without the penalty that is crane's default alone."""
     prompt = " ".join(rng.choice(WORDS) for _ in range(options.prompt_words))
     return {
         "model": model, "prompt": prompt, "max_tokens": options.max_tokens, "temperature": 0, "ignore_eos": True,
-        "stream": True, "stream_options": {"include_usage": True},
+        "repetition_penalty": 1, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
 
 
