@@ -210,12 +210,12 @@ def test_sigterm_drains_running_streams_and_refuses_new_ones(tiny, args):
     with start_server(tiny, "--timeout", "2", *args) as server:
         # enough work to last until nobody is let in: a tiny model alone decodes a token in a millisecond
         busy = {**ENDLESS, "max_tokens": 1500, "n": 8, "logprobs": 5}
-        stream = server.stream("/v1/completions", busy).flowing()
+        streams = [server.stream("/v1/completions", busy).flowing() for _ in range(4)]
         engine = server.engine_pid()
         server.process.terminate()
         wait_for(lambda: not takes_connections(server))
-        assert not stream.ended
-        assert stream.finish(30)[-1] == "[DONE]"
+        assert not streams[-1].ended
+        assert all(stream.finish(30)[-1] == "[DONE]" for stream in streams)
         assert server.process.wait(10) == 0
         wait_for(lambda: not psutil.pid_exists(engine), 5)
 

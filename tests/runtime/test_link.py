@@ -119,7 +119,7 @@ def gone(pid: int) -> bool:
     """Whether the process has ended; one that nobody has waited for yet counts as ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it ends between opening and reading
         return True
 
 
