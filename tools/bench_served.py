@@ -33,6 +33,7 @@ from crane.models.tokenizer import load_tokenizer  # noqa: E402
 from crane.runtime.settings import Settings  # noqa: E402
 from crane.runtime.types import Generate, SamplingParams  # noqa: E402
 
+CHECK = 999  # the salt of the request that is checked first
 FIGURES = {"tokens_per_s": 1, "ttft_ms_p50": -1, "itl_ms_p50": -1}  # and whether more of it is better
 
 
@@ -51,7 +52,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.alone:
         return alone(options)
-    with serving(options.model) as (url, pids), engine_alone(options.model) as child:
+    with serving(options.model) as (url, pids), engine_alone() as child:
         pin(options, pids, child.pid)
         rows = asyncio.run(measure(options, url, pids, child))
     print(table(rows))
@@ -63,8 +64,8 @@ async def measure(options, url: str, pids: dict[str, int], child) -> list[dict]:
     """A row per load: medians of the figures, and of their ratios to those of the engine alone, with the range."""
     server = http.Server(url)
     model = (await server.json("GET", "/v1/models"))["data"][0]["id"]
-    streamed = await server.stream(http.bodies_for(options, model, 1, 999)[-1])
-    wanted = ask(child, options, model, 1, 999)["text"]
+    streamed = await server.stream(http.bodies_for(options, model, 1, CHECK)[-1])
+    wanted = ask(child, 1, CHECK)["text"]
     if streamed.error or streamed.text != wanted:
         sys.exit(f"bench_served: check failed: {streamed.error or streamed.text!r} is not {wanted!r}")
     rows = []
@@ -76,7 +77,7 @@ async def measure(options, url: str, pids: dict[str, int], child) -> list[dict]:
             results = await http.closed_loop(server, options, model, count, salt)
             ours = http.row(f"{count} streams", results, time.perf_counter() - started_s, 0, None)
             ours |= {f"cpu s {name}": round(http.cpu_s(pid) - used[name], 2) for name, pid in pids.items()}
-            pairs.append((ours, ask(child, options, model, count, salt)["row"]))
+            pairs.append((ours, ask(child, count, salt)["row"]))
         rows.append(compared(pairs))
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     return rows
@@ -104,7 +105,7 @@ def alone(options) -> int:
     for line in sys.stdin:
         count, salt = json.loads(line)
         todo = http.bodies_for(options, "", count, salt)
-        if salt == 999:  # the check's
+        if salt == CHECK:
             todo = todo[-1:]
         started_s = time.perf_counter()
         results, tokens = run_closed(engine, tokenizer, todo, count, f"{count}-{salt}")
@@ -138,16 +139,17 @@ def run_closed(engine, tokenizer, bodies: list[dict], count: int, name: str) -> 
     return list(results.values()), tokens[next(reversed(tokens))]
 
 
-def ask(child, options, model: str, count: int, salt: int) -> dict:
+def ask(child, count: int, salt: int) -> dict:
+    """What the engine alone answers to a load: see `alone`."""
     child.stdin.write(json.dumps([count, salt]) + "\n")
     child.stdin.flush()
     return json.loads(child.stdout.readline() or sys.exit("bench_served: the engine alone has ended"))
 
 
 @contextlib.contextmanager
-def engine_alone(model: str):
-    """The child process, once it is ready."""
-    command = [sys.executable, __file__, model, "--alone", *sys.argv[2:]]
+def engine_alone():
+    """The child process, with this one's options, once it is ready."""
+    command = [sys.executable, __file__, "--alone", *sys.argv[1:]]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         if child.stdout.readline().strip() != '"ready"':
             sys.exit("bench_served: the engine alone did not start")
@@ -194,11 +196,7 @@ def pin(options, pids: dict[str, int], alone_pid: int) -> None:
              (options.client_on, os.getpid())]  # fmt: skip
     for cores, pid in bound:
         for task in os.listdir(f"/proc/{pid}/task") if cores else ():
-            os.sched_setaffinity(int(task), numbers_of(cores))
-
-
-def numbers_of(cores: str) -> set[int]:
-    return {int(core) for core in cores.split(",")}
+            os.sched_setaffinity(int(task), {int(core) for core in cores.split(",")})
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Block:
         return "".join(self.parts)
 
 
-class BlockGeneration(BaseGeneration, abc.ABC):
+class BlockGeneration(BaseGeneration):
     """One answer of one prompt. A subclass says which events a block opens, grows and closes with.
 
     stop: the stop string or id that ended the answer.

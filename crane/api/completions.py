@@ -4,7 +4,7 @@ import msgspec
 
 from crane.api.bodies import CompletionBody, decode, invalid
 from crane.api.endpoint import Context, Endpoint, Request
-from crane.api.generation import BaseGeneration, Choice, Prompt
+from crane.api.generation import Choice, ChoicesGeneration, Prompt
 from crane.api.logprobs import LegacyLogprobs, prompt_logprobs, trimmed
 from crane.api.resumable import resumable
 from crane.api.sampling import check_choices, fit, sampling_params
@@ -20,7 +20,7 @@ _FIM = (("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), ("<fim_prefix>",
 _FIM_ENDS = ("<|fim_pad|>", "<fim_pad>", "<|file_sep|>", "<file_sep>", "<|repo_name|>", "<repo_name>")
 
 
-class CompletionGeneration(BaseGeneration):
+class CompletionGeneration(ChoicesGeneration):
     """The answer to one /v1/completions request."""
 
     id_prefix = "cmpl-"

@@ -5,6 +5,7 @@ Choice `prompt_i * n + j` is output j of request i. A subclass says how a delta
 and a finished choice look in its dialect.
 """
 
+import abc
 import os
 import time
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Choice:
     around: tuple[bytes, bytes] | None = None
 
 
-class BaseGeneration:
+class BaseGeneration(abc.ABC):
     """See `endpoint.Generation`. Written by one driver; `failed` is the EngineError that broke it."""
 
     id_prefix = ""
@@ -158,21 +159,9 @@ class BaseGeneration:
         usage = self._usage_frame() if self._include_usage else b""
         return self._timeline_frame() + usage + sse.DONE
 
+    @abc.abstractmethod
     def body(self) -> bytes:
-        if self.failed is not None:
-            raise self.failed
-        return _json(
-            {
-                "id": self.id,
-                "object": self.full_object,
-                "created": self.created,
-                "model": self.model.name,
-                "choices": [self._final(choice) for choice in self._answers()],
-                "usage": self.usage(),
-                **({"timeline": self._timelines()} if self._wants_timeline else {}),
-                **self._extra(),
-            }
-        )
+        """See `endpoint.Generation`."""
 
     def _timelines(self) -> list[dict]:
         return [{"index": choice.index, "events": choice.timeline} for choice in self._answers()]
@@ -199,24 +188,9 @@ class BaseGeneration:
             "completion_tokens_details": details,
         }
 
+    @abc.abstractmethod
     def _push(self, choice: Choice, output: Output) -> bytes:
         """One output of one open choice, as frames when streaming."""
-        delta = choice.text.push(output)
-        if output.prompt_logprobs is not None:
-            choice.prompt.logprobs = output.prompt_logprobs
-        self._read(choice, delta)
-        if choice.finish_reason is not None:
-            self._close(choice)
-        if self._max_top is not None:
-            delta = delta._replace(logprobs=trimmed(delta.logprobs, self._max_top))
-        if self.stream:
-            frames = self._frames(choice, delta)
-            if self._may_hurry and choice.text.free and choice.finish_reason is None:
-                choice.around = self._around(choice)
-            return frames
-        if delta.logprobs:
-            choice.logprobs.extend(delta.logprobs)
-        return b""
 
     def _read(self, choice: Choice, delta: Delta) -> None:
         """Takes note of a delta, and has its markup read where the dialect knows any."""
@@ -238,10 +212,6 @@ class BaseGeneration:
         """The choices that the client gets."""
         return self.choices
 
-    def _extra(self) -> dict:
-        """Further fields of the whole answer."""
-        return {}
-
     def _close(self, choice: Choice) -> None:
         if choice.engine_done or not self._wants_timeline:
             self._num_open -= 1
@@ -256,23 +226,65 @@ class BaseGeneration:
         self.failed = error
         return error_frame(error) if self.stream else b""
 
+    def _usage_frame(self) -> bytes:
+        return self._head + b'],"usage":' + _json(self.usage()) + b"}\n\n"
+
+
+class ChoicesGeneration(BaseGeneration):
+    """An answer made of choices, each in chunks of its own, as OpenAI's chats and completions are."""
+
+    def body(self) -> bytes:
+        if self.failed is not None:
+            raise self.failed
+        return _json(
+            {
+                "id": self.id,
+                "object": self.full_object,
+                "created": self.created,
+                "model": self.model.name,
+                "choices": [self._final(choice) for choice in self._answers()],
+                "usage": self.usage(),
+                **({"timeline": self._timelines()} if self._wants_timeline else {}),
+                **self._extra(),
+            }
+        )
+
+    def _push(self, choice: Choice, output: Output) -> bytes:
+        delta = choice.text.push(output)
+        if output.prompt_logprobs is not None:
+            choice.prompt.logprobs = output.prompt_logprobs
+        self._read(choice, delta)
+        if choice.finish_reason is not None:
+            self._close(choice)
+        if self._max_top is not None:
+            delta = delta._replace(logprobs=trimmed(delta.logprobs, self._max_top))
+        if self.stream:
+            frames = self._frames(choice, delta)
+            if self._may_hurry and choice.text.free and choice.finish_reason is None:
+                choice.around = self._around(choice)
+            return frames
+        if delta.logprobs:
+            choice.logprobs.extend(delta.logprobs)
+        return b""
+
+    def _extra(self) -> dict:
+        """Further fields of the whole answer."""
+        return {}
+
     def _chunk(self, choice: bytes) -> bytes:
         """A frame with one choice, given as JSON."""
         if self._continuous_usage:
             return self._head + choice + b'],"usage":' + _json(self.usage()) + b"}\n\n"
         return self._head + choice + self._tail
 
-    def _usage_frame(self) -> bytes:
-        return self._head + b'],"usage":' + _json(self.usage()) + b"}\n\n"
-
+    @abc.abstractmethod
     def _around(self, choice: Choice) -> tuple[bytes, bytes] | None:
         """`Choice.around` from now on, when its text has no stop strings and no log-probabilities."""
-        return None
 
+    @abc.abstractmethod
     def _frames(self, choice: Choice, delta: Delta) -> bytes:
-        """The frames of one delta. For subclasses that keep this class's `_push`."""
-        raise NotImplementedError
+        """The frames of one delta."""
 
+    @abc.abstractmethod
     def _final(self, choice: Choice) -> dict:
-        """A finished choice in the whole answer. For subclasses that keep this class's `body`."""
-        raise NotImplementedError
+        """A finished choice in the whole answer."""

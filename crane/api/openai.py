@@ -6,7 +6,7 @@ from crane.api.bodies import ChatBody, decode, invalid
 from crane.api.chat_parser import ChatEvent, Content, Reasoning, ToolStart
 from crane.api.chat_prompt import PreparedChat, prepare_chat
 from crane.api.endpoint import Context, Endpoint, Reply, Request
-from crane.api.generation import BaseGeneration, Choice, Prompt
+from crane.api.generation import Choice, ChoicesGeneration, Prompt
 from crane.api.logprobs import chat_logprobs, prompt_logprobs, trimmed
 from crane.api.resumable import resumable
 from crane.api.sampling import fit, sampling_params
@@ -17,7 +17,7 @@ from crane.runtime.text import Delta
 _json = msgspec.json.Encoder().encode
 
 
-class ChatGeneration(BaseGeneration):
+class ChatGeneration(ChoicesGeneration):
     """The answer to one /v1/chat/completions request."""
 
     id_prefix = "chatcmpl-"

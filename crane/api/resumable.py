@@ -33,7 +33,10 @@ class Record(msgspec.Struct, array_like=True):
 
 
 class NumberedGeneration:
-    """A `Generation` that streams, with an `id:` before every event, and without the first `num_known` events."""
+    """A `Generation` that streams, with an `id:` before every event, and without the first `num_known` events.
+
+    It has no `body`: drivers ask for that of answers that do not stream.
+    """
 
     stream = True
 
@@ -81,10 +84,6 @@ class NumberedGeneration:
 
     def broken(self, error: Exception) -> bytes:
         return error_frame(error)
-
-    def body(self) -> bytes:
-        """Never: a driver asks for it when `stream` is False."""
-        raise NotImplementedError("it streams")
 
     def _number(self, frames: bytes) -> bytes:
         parts = []

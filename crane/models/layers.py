@@ -211,6 +211,16 @@ class LMHead:
         packed = isinstance(self.linear, PackedLinear)
         return self.linear.best(hidden, columns) if packed else self(hidden)[:, :columns].argmax(-1)
 
+    def add_screen(self) -> None:
+        """Let `best` read less, where C kernels compute it: see `PackedLinear.add_screen`."""
+        if isinstance(self.linear, PackedLinear):
+            self.linear.add_screen()
+
+    @property
+    def screened(self) -> str | None:
+        """What that spared, in one line."""
+        return self.linear.screened if isinstance(self.linear, PackedLinear) else None
+
 
 def rope_frequencies(config: RopeConfig, dim: int) -> tuple[Tensor, float]:
     """Angle per position of each rotated pair, and the factor on cos and sin.

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from crane.kernels import native, registry
-from crane.kernels.packed import PackedLinear
 from crane.models.config import load_config
 from crane.models.files import open_checkpoint
 from crane.models.registry import load_model
@@ -62,8 +61,8 @@ class Engine:
             tokenizer = pool.submit(load_tokenizer, checkpoint)
             model = load_model(checkpoint, config, device, dtype, progress, devices.is_exact(settings))
             tokenizer = tokenizer.result()
-        if settings.screen and settings.recorded_steps and isinstance(model.head.linear, PackedLinear):
-            model.head.linear.add_screen()
+        if settings.screen and settings.recorded_steps:
+            model.head.add_screen()
         # A model's embedding is often padded beyond its tokenizer; some fine-tunes add tokens the model lacks:
         # ids that may be given or drawn are those that both know.
         vocab_size = min(tokenizer.vocab_size, config.vocab_size)
@@ -345,7 +344,7 @@ class Engine:
         stats.overlap = self._overlap.report()
         steps = {"cuda_graphs": self._graphs, "recorded_steps": self._recorded}
         stats.kernels = registry.report() | {name: each.state if each else "not used" for name, each in steps.items()}
-        stats.kernels["screen"] = getattr(self.runner.model.head.linear, "screened", None) or "not used"
+        stats.kernels["screen"] = self.runner.model.head.screened or "not used"
         stats.uptime_s = round(time.monotonic() - self._started_s, 3)
         return stats
 

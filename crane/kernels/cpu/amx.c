@@ -1,19 +1,14 @@
 /* Products on AMX, the matrix unit: bfloat16 x with a weight that is bfloat16, or is turned into it on the way. */
 #include "product.h"
+#include "tiles.h"
 #ifdef HAVE_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 
-typedef struct { uint8_t palette, start, zero[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } TileConfig;
-
 /* Tiles 0-3 are sums, 4 and 5 rows of x (the first 16, the next), 6 and 7 the weight's panels. */
 static void configure(int rows) {
-    TileConfig c = {.palette = 1};
     int first = rows < 16 ? rows : 16, second = rows > 16 ? rows - 16 : 16;
-    int tile_rows[8] = {first, first, second, second, first, second, 16, 16};
-    for (int i = 0; i < 8; i++) c.row_bytes[i] = 64, c.rows[i] = tile_rows[i];
-    __asm__ volatile("" : : "r"(&c) : "memory"); /* the intrinsic only admits to reading 8 bytes of it */
-    _tile_loadconfig(&c);
+    configure_tiles((const int[8]){first, first, second, second, first, second, 16, 16});
 }
 
 #define WIDE 4 /* panels a task takes of up to 32 rows of x */
@@ -178,8 +173,6 @@ typedef struct {
     Block next;
     uint8_t *room;
 } Ahead;
-
-INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static void lay_out(void *argument, int64_t row_block) {
     const Many *m = argument;

@@ -153,6 +153,9 @@ INLINE void decode(const Decode *p, int64_t index, int64_t dim, int dtype) {
 }
 
 #ifdef __AMX_BF16__
+/* rows: of tiles 0 to 4, sums and their first operand; the others have 16. */
+INLINE void configure(int rows) { configure_tiles((const int[8]){rows, rows, rows, rows, rows, 16, 16, 16}); }
+
 /* Keys and values that shall be in the second cache when the next task wants them, in a block at a time. A burst of
 such requests holds up all that follows, so they are made one position's after the other between other work. */
 typedef struct { const char *const *keys; int64_t position, left, stride, wide, behind; } Ahead;

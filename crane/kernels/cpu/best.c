@@ -14,13 +14,11 @@ typedef struct { const float *sums; int64_t count, stride, first, *ids; float *m
 static void search_row(void *argument, int64_t row) {
     const Slice *s = argument;
     const float *sums = s->sums + row * s->stride;
-    float largest = -INFINITY;
     int64_t i = 0, at = 0;
     vf most[4] = {SPREAD(-INFINITY), SPREAD(-INFINITY), SPREAD(-INFINITY), SPREAD(-INFINITY)};
     for (; i + 64 <= s->count; i += 64)
         for (int n = 0; n < 4; n++) most[n] = max_v(load_f(sums + i + 16 * n), most[n]); /* not NaN */
-    vf all = max_v(max_v(most[0], most[1]), max_v(most[2], most[3]));
-    for (int lane = 0; lane < 16; lane++) largest = fmaxf(largest, all[lane]);
+    float largest = largest_f(max_v(max_v(most[0], most[1]), max_v(most[2], most[3])));
     for (; i < s->count; i++) largest = fmaxf(largest, sums[i]);
     if (!(largest > s->most[row])) return;
     for (int found = 0; at + 64 <= s->count; at += 64) {

@@ -57,6 +57,7 @@ INLINE vf from_f16(const void *p) {
 #endif
 }
 
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vi max_i(vi a, vi b) { vi larger = a > b; return (a & larger) | (b & ~larger); }
 typedef float vf8 __attribute__((vector_size(32)));
 typedef float vf4 __attribute__((vector_size(16)));
@@ -82,6 +83,13 @@ INLINE int32_t largest_i(vi v) {
     vi4 more = b.half[0] > b.half[1], c = (b.half[0] & more) | (b.half[1] & ~more);
     int32_t d = c[0] > c[2] ? c[0] : c[2], e = c[1] > c[3] ? c[1] : c[3];
     return d > e ? d : e;
+}
+/* Of what are numbers; -inf if none is. */
+INLINE float largest_f(vf v) {
+    union { vf all; float lane[16]; } a = {v};
+    float most = -__builtin_inff();
+    for (int i = 0; i < 16; i++) most = a.lane[i] > most ? a.lane[i] : most;
+    return most;
 }
 /* The larger one; b where either is no number. */
 INLINE vf max_v(vf a, vf b) {

@@ -43,8 +43,6 @@ typedef struct {
     vu queries[MOST_ROWS / 16 * MAX_DIM / 2];       /* [tiles][head_dim / 2][16 rows][2] */
 } Room;
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* How many positions a row sees. */
 INLINE int64_t seen(const Prefill *p, const Task *t, int64_t row) {
     const Row *r = p->rows + t->entry;
@@ -165,7 +163,7 @@ INLINE void store_tile(const Prefill *p, const Task *t, int64_t tile, int64_t di
     for (int64_t i = 0; i < dim; i += 16) {
         for (int64_t n = 0; n < 16; n++) scaled[n] = sums[i + n] / total;
         transpose((const vu *)scaled, (vu *)rows);
-        for (int64_t r = 0; r < least(t->count - tile * 16, 16); r++)
+        for (int64_t r = 0; r < min(t->count - tile * 16, 16); r++)
             store_h(p->out + element(p, t, t->first + tile * 16 + r, p->heads * dim) + i, to_bf16(rows[r]));
     }
 }
@@ -178,17 +176,17 @@ INLINE void prefill(const Prefill *p, const Task *t, int64_t dim) {
     for (int64_t i = 0; i < tiles; i++) {
         turn_queries(p, t, i, dim, room->queries + i * dim / 2);
         for (int64_t r = 0; r < 16; r++)
-            room->visible[i][r] = (int32_t)seen(p, t, t->first + least(16 * i + r, t->count - 1));
+            room->visible[i][r] = (int32_t)seen(p, t, t->first + min(16 * i + r, t->count - 1));
         room->most[i] = SPREAD(-1e30f), room->total[i] = (vf){};
         memset(room->sums + i * dim, 0, dim * 64);
     }
-    configure(16);
+    configure_tiles((const int[8]){16, 16, 16, 16, 16, 16, 16, 16});
     for (int64_t begin = 0; begin < end; begin += BLOCK) {
         const char *keys[BLOCK / 16];
         find_keys(p, t, begin, end, keys);
-        turn_values(p, keys, least(BLOCK, end - begin), dim, room->values);
+        turn_values(p, keys, min(BLOCK, end - begin), dim, room->values);
         for (int64_t i = 0; i < tiles; i += 2) {
-            int64_t count = (least(room->visible[i + 1][15] - begin, BLOCK) + 31) / 32 * 32;
+            int64_t count = (min(room->visible[i + 1][15] - begin, BLOCK) + 31) / 32 * 32;
             if (count <= 0) continue;
             score(keys, stride, count, dim, room->queries + i * dim / 2, room->scores);
             for (int64_t j = 0; j < 2; j++)
@@ -225,7 +223,7 @@ static int32_t run_prefill(const void *argument) {
         int64_t each = ((rows + parts - 1) / parts + 15) / 16 * 16;
         for (int64_t head = 0; head < p.kv_heads; head++)
             for (int64_t first = 0; first < rows; first += each, task++) {
-                *task = (Task){.entry = e, .head = head, .first = first, .count = least(each, rows - first)};
+                *task = (Task){.entry = e, .head = head, .first = first, .count = min(each, rows - first)};
                 task->work = task->count * seen(&p, task, first + task->count - 1);
             }
     }

@@ -27,12 +27,6 @@ typedef struct {
     float last[CHUNK];     /* the last chunk, filled up with -inf */
 } Row;
 
-INLINE float largest_f(vf v) {
-    union { vf all; float lane[16]; } a = {v};
-    float most = -INFINITY;
-    for (int i = 0; i < 16; i++) most = a.lane[i] > most ? a.lane[i] : most;
-    return most;
-}
 INLINE vf only(vf v, vi lanes) { return (vf)((vi)v & lanes); }
 INLINE vf choose(vi lanes, vf v, float other) { return (vf)(((vi)v & lanes) | ((vi)SPREAD(other) & ~lanes)); }
 

@@ -93,12 +93,6 @@ INLINE vf root(vf v) {
 #endif
 }
 
-INLINE float largest_f(vf v) {
-    float most = v[0];
-    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
-    return most;
-}
-
 void crane_bound(const Product *p, int64_t row, int64_t panel, vf sum, vf spread) {
     const Weight *w = p->w;
     int64_t at = row * num_panels(w) + panel, left = w->num_rows - panel * LANES;

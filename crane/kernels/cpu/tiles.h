@@ -1,15 +1,15 @@
-/* AMX for attention: eight tiles of 64 bytes a row, and 16 x 16 numbers can be transposed on the way. */
+/* AMX, what products and attention share: tiles of 64 bytes a row, and 16 x 16 numbers transposed on the way. */
 #pragma once
 #include "common.h"
 #ifdef __AMX_BF16__
 
 typedef struct { uint8_t palette, start, zero[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } TileConfig;
 
-/* rows: of tiles 0 to 4, sums and their first operand; the others have 16. */
-INLINE void configure(int rows) {
+/* rows: of each of the eight tiles. */
+INLINE void configure_tiles(const int *rows) {
     TileConfig c = {.palette = 1};
-    for (int i = 0; i < 8; i++) c.row_bytes[i] = 64, c.rows[i] = i < 5 ? rows : 16;
-    __asm__ volatile("" : : "r"(&c) : "memory");
+    for (int i = 0; i < 8; i++) c.row_bytes[i] = 64, c.rows[i] = rows[i];
+    __asm__ volatile("" : : "r"(&c) : "memory"); /* the intrinsic only admits to reading 8 bytes of it */
     _tile_loadconfig(&c);
 }
 
