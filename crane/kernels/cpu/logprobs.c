@@ -1,5 +1,5 @@
 /* Log-probabilities of some rows of logits: of listed tokens, and the best ones. A task is a row. */
-#include "row.h"
+#include "logits.h"
 #include <stdlib.h>
 
 typedef struct {

@@ -1,6 +1,6 @@
 /* From logits to tokens: penalties, bias, masks, top-k, top-p, min-p, the draw. What each means is said, and computed
 in torch, in kernels/sampling.py. A task is a row, so that nothing else has a part in what it gets. */
-#include "row.h"
+#include "logits.h"
 
 #define SAMPLE 64 /* of so many vectors one is looked at for a guess of top-p's threshold */
 

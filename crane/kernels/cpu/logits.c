@@ -1,5 +1,5 @@
-/* Searches in a row of logits; what each does is said in row.h. */
-#include "row.h"
+/* Searches in a row of logits; what each does is said in logits.h. */
+#include "logits.h"
 
 float *crane_row(Row *r, const float *x, int64_t vocab, int64_t extra) {
     int64_t chunks = r->num_chunks = (vocab + CHUNK - 1) / CHUNK, room = chunks * CHUNK + 16;
