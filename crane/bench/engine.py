@@ -17,12 +17,9 @@ from pathlib import Path
 
 from crane.bench import subjects
 from crane.bench.cell import Cell, Timing
-from crane.bench.report import numbers, plot_bars, table
+from crane.bench.report import SETTLE_S, numbers, plot_bars, table
 from crane.errors import CraneError, SettingsError
 from crane.runtime.settings import Settings, num_cores, parse
-
-# between two engines' turns: OpenMP's threads look for work for 0.2 s before they sleep, on the next one's cores
-_SETTLE_S = 0.5
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +104,7 @@ def _row(cell: Cell, engines: list, rounds: int) -> dict:
     timings: list[list[Timing]] = [[] for _ in engines]
     for count in range(rounds + 1):
         for engine, seen in zip(engines, timings):
-            time.sleep(_SETTLE_S)
+            time.sleep(SETTLE_S)
             timing = engine.measure(cell)
             if count:
                 seen.append(timing)

@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from crane.bench.report import numbers, plot_bars, table
+from crane.bench.report import SETTLE_S, numbers, plot_bars, table
 from crane.errors import CraneError, SettingsError
 
 WORDS = (
@@ -195,6 +195,7 @@ async def measure(options: argparse.Namespace) -> list[dict]:
         found: list[list[dict]] = [[] for _ in servers]
         for salt in range(options.rounds):  # nobody has seen a round's prompts before
             for server, model, seen in zip(servers, models, found):
+                await asyncio.sleep(SETTLE_S if options.vs else 0)
                 used_s, started_s = cpu_s(options.pid), time.perf_counter()
                 results = await (open_loop(server, options, model, salt) if count is None
                                  else closed_loop(server, options, model, count, salt))  # fmt: skip
