@@ -45,6 +45,7 @@ _SIGNATURES = {
     "crane_pack_file": (c_int32, [_POINTER] + [c_int32] * 2 + [c_int64] * 4),
     "crane_rows": (None, [_POINTER, _POINTER, c_int64, _POINTER, c_int32]),
     "crane_linear": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int64, c_int32, c_int32]),
+    "crane_gated": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int32]),
     "crane_best": (c_int32, [_POINTER, _POINTER, c_int64, c_int32, c_int32, c_int64, _POINTER, _POINTER]),
     "crane_screen": (None, [_POINTER, _POINTER, c_uint64]),
     "crane_rms_norm": (None, [_POINTER, _POINTER, c_float, _POINTER, _POINTER, c_int64, c_int64, c_int64, c_int32]),
@@ -69,6 +70,7 @@ class Weight(ctypes.Structure):
     _fields_ = [
         ("panels", c_void_p), ("bias", c_void_p), ("num_rows", c_int64), ("num_columns", c_int64),
         ("bits", c_int32), ("groups", c_int32), ("has_offset", c_int32), ("shift", c_int32),
+        ("is_paired", c_int32),
     ]  # fmt: skip
 
 

@@ -100,13 +100,16 @@ def can_pack(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     return kind in _KINDS and dtype in native.DTYPES
 
 
-def pack(kind: str, num_rows: int, columns: int, pieces: Iterable[Tensor | Stored]) -> PackedWeight:
+def pack(
+    kind: str, num_rows: int, columns: int, pieces: Iterable[Tensor | Stored], paired: bool = False
+) -> PackedWeight:
     """A matrix which `can_pack`, from its rows in order. Every piece but the last has a multiple of 16 rows.
 
     pieces: GGUF blocks as uint8 [count, row_bytes]; for "BF16" bfloat16 [count, columns]; or where either lies.
+    paired: whether it is gate and up of an MLP, in halves of whole panels, for `PackedLinear.gated`.
     Raises OSError where a file cannot be read.
     """
-    struct = native.Weight(None, None, num_rows, columns, *_KINDS.get(kind, (16, 0, 0, 0)))
+    struct = native.Weight(None, None, num_rows, columns, *_KINDS.get(kind, (16, 0, 0, 0)), paired)
     address = ctypes.byref(struct)
     panels = _allocate(native.library().crane_weight_bytes(address))
     struct.panels = panels.data_ptr()
@@ -227,6 +230,20 @@ class PackedLinear:
         for struct, start, amx_rows in self._plan:
             method = num_rows >= amx_rows and x.dtype == torch.bfloat16
             self._call(struct, x.data_ptr(), num_rows, code, at + start * size, width, out_code, method)
+        return out
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether it can be `gated`."""
+        return bool(self.parts[0].struct.is_paired)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """`silu_mul` of y, of which no more is written: [num_rows, out_features / 2] of x's dtype."""
+        ((struct, _, amx_rows),) = self._plan
+        x, num_rows = x.contiguous(), len(x)
+        out = torch.empty(num_rows, self.out_features // 2, dtype=x.dtype)
+        method = num_rows >= amx_rows and x.dtype == torch.bfloat16
+        native.library().crane_gated(struct, x.data_ptr(), num_rows, native.DTYPES[x.dtype], out.data_ptr(), method)
         return out
 
     def add_screen(self, seed: int | None = None) -> None:

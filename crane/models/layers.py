@@ -68,17 +68,17 @@ class QuantisedLinear:
 
 
 def load_linear(
-    weights: Weights, names: list[str], rows: list[int], columns: int, bias: bool
+    weights: Weights, names: list[str], rows: list[int], columns: int, bias: bool, gated: bool = False
 ) -> Linear | PackedLinear | QuantisedLinear:
     """One product with the weights called `names`, stacked along the output.
 
-    rows: output features of each. bias: whether each also has a bias.
+    rows: output features of each. bias: whether each also has a bias. gated: they are gate and up of an MLP.
     """
     matrices, shapes = [f"{name}.weight" for name in names], [(count, columns) for count in rows]
     stacked = weights.rows([f"{name}.bias" for name in names], [(count,) for count in rows]) if bias else None
     if planes := weights.planes(matrices, shapes):
         return QuantisedLinear(planes, stacked)
-    if parts := weights.packed(matrices, shapes):
+    if parts := weights.packed(matrices, shapes, gated):
         return PackedLinear(parts, stacked)
     return Linear(weights.rows(matrices, shapes), stacked)
 
@@ -181,12 +181,13 @@ class GatedMLP:
         prefix = f"model.layers.{layer}.mlp"
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
-        self.gate_up = load_linear(weights, names, [inner, inner], hidden, bias)
+        self.gate_up = load_linear(weights, names, [inner, inner], hidden, bias, gated=True)
         self.down = load_linear(weights, [f"{prefix}.down_proj"], [hidden], inner, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [num_tokens, hidden]. Returns [num_tokens, hidden]."""
-        return self.down(silu_mul(self.gate_up(x)))
+        at_once = isinstance(self.gate_up, PackedLinear) and self.gate_up.is_paired and silu_mul.mode == "auto"
+        return self.down(self.gate_up.gated(x) if at_once else silu_mul(self.gate_up(x)))
 
 
 class LMHead:

@@ -97,11 +97,12 @@ class Weights:
             start += info.shape[0]
         return out
 
-    def packed(self, names: list[str], shapes: list[tuple[int, ...]]) -> list[PackedWeight] | None:
+    def packed(self, names: list[str], shapes: list[tuple[int, ...]], gated: bool = False) -> list[PackedWeight] | None:
         """What `rows` gives, laid out for the C kernels: one weight for each run of tensors of one type.
 
-        GGUF blocks stay quantised unless `exact`. None where the kernels cannot take one of the tensors; then
-        nothing was read. Raises ModelError as `rows` does.
+        GGUF blocks stay quantised unless `exact`. gated: they are an MLP's gate and up, paired where they make one
+        weight. None where the kernels cannot take one of the tensors; then nothing was read. Raises ModelError as
+        `rows` does.
         """
         infos = [self._find(name, tuple(shape)) for name, shape in zip(names, shapes, strict=True)]
         kinds = ["BF16" if self.exact or not is_packable(info.dtype) else info.dtype for info in infos]
@@ -117,7 +118,7 @@ class Weights:
             num_rows = sum(info.shape[0] for _, info in run)
             pieces = (piece for name, info in run for piece in self._stored(kind, name, info))
             try:
-                found.append(pack(kind, num_rows, shapes[0][1], pieces))
+                found.append(pack(kind, num_rows, shapes[0][1], pieces, gated and len(runs) == 1))
             except OSError as error:
                 raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from None
         return found

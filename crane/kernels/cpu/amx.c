@@ -86,7 +86,8 @@ INLINE void load_sums(const float *sums, int rows) {
 INLINE void finish_pair(const Product *p, int64_t row, int64_t panel, int both, const float *sums) {
     int64_t first = panel * LANES;
     vf a = load_f(sums), b = load_f(sums + 256);
-    if (!both || first + 2 * LANES > p->w->num_rows || p->out_dtype != BFLOAT16) {
+    if (p->is_gated) return finish_gated(p, row, panel, a, b);
+    if (!both || first + 2 * LANES > p->w->num_rows || p->out_dtype != BFLOAT16 || p->w->is_paired) {
         finish(p, row, panel, a);
         if (both) finish(p, row, panel + 1, b);
         return;

@@ -142,6 +142,20 @@ INLINE void store_as1(void *p, int64_t i, float v, int dtype) {
     else ((float *)p)[i] = v;
 }
 
+/* 1 / (1 + e^-x), to what dtype can tell apart; x and what it is made of stay numbers */
+INLINE vf sigmoid(vf x, int dtype) {
+    x = max_v(x, SPREAD(-87.0f));
+    vf e = dtype == BFLOAT16 ? exp2_v(x * SPREAD(-1.44269504f)) : exp_v(-x);
+#ifdef __AVX512F__ /* a division takes as long as all the rest of the gate */
+    vf sum = e + SPREAD(1.0f), y = (vf)_mm512_rcp14_ps((__m512)sum);
+    return dtype == BFLOAT16 ? y : y + y * (SPREAD(1.0f) - sum * y);
+#else
+    return SPREAD(1.0f) / (e + SPREAD(1.0f));
+#endif
+}
+
+INLINE vf silu_mul(vf gate, vf up, int dtype) { return gate * sigmoid(gate, dtype) * up; }
+
 /* pool.c: calls task(argument, i) once for every i in [0, num_tasks), on all threads. */
 void crane_parallel(void (*task)(void *, int64_t), void *argument, int64_t num_tasks);
 int crane_threads(void);

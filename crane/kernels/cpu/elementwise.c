@@ -77,23 +77,11 @@ typedef struct {
     int32_t dtype;
 } Gate;
 
-/* 1 / (1 + e^-x), to what dtype can tell apart; x and what it is made of stay numbers */
-INLINE vf sigmoid(vf x, int dtype) {
-    x = max_v(x, SPREAD(-87.0f));
-    vf e = dtype == BFLOAT16 ? exp2_v(x * SPREAD(-1.44269504f)) : exp_v(-x);
-#ifdef __AVX512F__ /* a division takes as long as all the rest of the gate */
-    vf sum = e + SPREAD(1.0f), y = (vf)_mm512_rcp14_ps((__m512)sum);
-    return dtype == BFLOAT16 ? y : y + y * (SPREAD(1.0f) - sum * y);
-#else
-    return SPREAD(1.0f) / (e + SPREAD(1.0f));
-#endif
-}
-
 INLINE void gate_row(const Gate *p, int64_t row, int dtype) {
     int64_t from = row * 2 * p->size, to = row * p->size, i = 0;
     for (; i + 16 <= p->size; i += 16) {
         vf gate = load_as_f(p->gate_up, from + i, dtype), up = load_as_f(p->gate_up, from + p->size + i, dtype);
-        store_as(p->out, to + i, gate * sigmoid(gate, dtype) * up, dtype);
+        store_as(p->out, to + i, silu_mul(gate, up, dtype), dtype);
     }
     for (; i < p->size; i++) {
         float gate = load_as_f1(p->gate_up, from + i, dtype);

@@ -107,23 +107,27 @@ INLINE void multiply(const Product *p, int64_t panel, int64_t row, int count, in
     }
 }
 
+/* gates: [count], sums of a panel of gate until those of up are there. */
 INLINE void integer_panels(const Product *p, int64_t panel, int64_t row, int count, int wide, int bits, int groups,
-                           int has_offset) {
+                           int has_offset, vf *gates) {
     vf sum[MAX_ROWS * BLOCK], spread[MAX_ROWS * BLOCK];
     int bounds = SCREEN_KIND(bits, groups, has_offset) && p->bounds;
     if (bounds) multiply(p, panel, row, count, wide, bits, groups, has_offset, sum, spread);
     else multiply(p, panel, row, count, wide, bits, groups, has_offset, sum, NULL);
-    for (int i = 0; i < wide && panel + i < num_panels(p->w); i++)
+    for (int64_t i = 0, at = panel; i < wide && at < num_panels(p->w); i++, at++)
         for (int r = 0; r < count; r++)
-            if (bounds) crane_bound(p, row + r, panel + i, sum[r * wide + i], spread[r * wide + i]);
-            else finish(p, row + r, panel + i, sum[r * wide + i]);
+            if (bounds) crane_bound(p, row + r, at, sum[r * wide + i], spread[r * wide + i]);
+            else if (!p->is_gated) finish(p, row + r, at, sum[r * wide + i]);
+            else if (at % 2 == 0) gates[r] = sum[r * wide + i];
+            else finish_gated(p, row + r, at - 1, gates[r], sum[r * wide + i]);
 }
 
 #define PANEL(count, wide, bits, groups, has_offset)                                                   \
     __attribute__((noinline)) static void panels_##count##_##bits##groups##has_offset(                 \
         const Product *p, int64_t first, int64_t end, int64_t row) {                                   \
+        vf gates[count];                                                                               \
         for (int64_t panel = first; panel < end; panel += wide)                                        \
-            integer_panels(p, panel, row, count, wide, bits, groups, has_offset);                      \
+            integer_panels(p, panel, row, count, wide, bits, groups, has_offset, gates);               \
     }
 #define PANELS(bits, groups, has_offset)                                                               \
     PANEL(1, BLOCK, bits, groups, has_offset) PANEL(2, 2, bits, groups, has_offset)                 \

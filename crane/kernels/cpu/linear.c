@@ -7,7 +7,7 @@ static void read_row(void *argument, int64_t index) {
     const Rows *p = argument;
     const Weight *w = p->w;
     int64_t row = p->ids[index], lane = row % LANES;
-    const uint8_t *from = w->panels + row / LANES * num_tiles(w) * tile_bytes(w);
+    const uint8_t *from = w->panels + panel_of(w, row) * num_tiles(w) * tile_bytes(w);
     if (w->bits == 16) {
         const uint16_t *values = (const uint16_t *)from + lane * 2;
         for (int64_t k = 0; k < w->num_columns; k++)
@@ -53,5 +53,12 @@ void crane_linear(const Weight *w, const void *x, int64_t num_rows, int32_t dtyp
                   int32_t out_dtype, int32_t method) {
     Product p = {.w = w, .x = x, .out = out, .num_rows = num_rows, .out_stride = out_stride, .dtype = dtype,
                  .out_dtype = out_dtype, .method = method};
+    crane_call("product", crane_product, &p, sizeof p);
+}
+
+/* silu(gate) * up with the gate and up of a paired weight. out: [num_rows, half of the weight's rows] of dtype. */
+void crane_gated(const Weight *w, const void *x, int64_t num_rows, int32_t dtype, void *out, int32_t method) {
+    Product p = {.w = w, .x = x, .out = out, .num_rows = num_rows, .out_stride = w->num_rows / 2, .dtype = dtype,
+                 .out_dtype = dtype, .method = method, .is_gated = 1};
     crane_call("product", crane_product, &p, sizeof p);
 }

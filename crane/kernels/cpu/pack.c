@@ -82,7 +82,7 @@ INLINE void take_codes(const Pack *p, int64_t row, int64_t at, Group *g) {
 INLINE void pack_panel(const Pack *p, int64_t index, int kind) {
     const Weight *w = p->w;
     int64_t groups = w->groups, left = p->count - index * LANES, rows = left < LANES ? left : LANES;
-    uint8_t *to = w->panels + (p->first / LANES + index) * num_tiles(w) * tile_bytes(w);
+    uint8_t *to = w->panels + panel_of(w, p->first + index * LANES) * num_tiles(w) * tile_bytes(w);
     for (int64_t tile = 0; tile < num_tiles(w); tile++, to += tile_bytes(w)) {
         uint8_t quads[8][64] = {{0}};
         memset(to, 0, tile_bytes(w));
@@ -114,7 +114,7 @@ INLINE void pack_panel(const Pack *p, int64_t index, int kind) {
 /* A bfloat16 panel: AMX's tiles themselves, pairs of columns of sixteen rows side by side. */
 static void pack_bf16_panel(const Pack *p, int64_t index) {
     int64_t pairs = p->w->num_columns / 2, left = p->count - index * LANES;
-    uint32_t *to = (uint32_t *)p->w->panels + (p->first / LANES + index) * pairs * LANES;
+    uint32_t *to = (uint32_t *)p->w->panels + panel_of(p->w, p->first + index * LANES) * pairs * LANES;
     for (int64_t tile = 0; tile < pairs; tile += LANES)
         for (int64_t r = 0; r < LANES; r++) {
             const uint8_t *from = p->codes + ((index * LANES + r) * pairs + tile) * 4;

@@ -16,7 +16,7 @@ typedef struct {
     const void *x;
     void *out;
     int64_t num_rows, out_stride, blocks_per_task;
-    int32_t dtype, out_dtype, method;
+    int32_t dtype, out_dtype, method, is_gated;
     int8_t *q;     /* [num_columns / 32, num_rows, 32] */
     Round *rounds; /* [num_columns / 32, num_rows] */
     /* Integers only. blocks: the blocks of panels to multiply, or NULL: all. bounds: what to find instead of out. */
@@ -58,11 +58,19 @@ int32_t crane_search_screen(const Best *p);
 /* Stores 16 sums of a row of x, with the bias. */
 INLINE void finish(const Product *p, int64_t row, int64_t panel, vf sum) {
     const Weight *w = p->w;
-    int64_t first = panel * LANES, at = row * p->out_stride + first;
+    int64_t first = first_row(w, panel), at = row * p->out_stride + first;
     if (first + LANES <= w->num_rows) {
         store_as(p->out, at, w->bias ? sum + load_f(w->bias + first) : sum, p->out_dtype);
         return;
     }
     for (int i = 0; first + i < w->num_rows; i++)
         store_as1(p->out, at + i, sum[i] + (w->bias ? w->bias[first + i] : 0), p->out_dtype);
+}
+
+/* Stores silu(gate) * up of 16 sums each, of a panel of gate and the one that follows it. */
+INLINE void finish_gated(const Product *p, int64_t row, int64_t panel, vf gate, vf up) {
+    int64_t first = first_row(p->w, panel);
+    if (p->w->bias) gate += load_f(p->w->bias + first), up += load_f(p->w->bias + first_row(p->w, panel + 1));
+    if (p->out_dtype == BFLOAT16) gate = from_bf16(to_bf16(gate)), up = from_bf16(to_bf16(up)); /* as if stored */
+    store_as(p->out, row * p->out_stride + first, silu_mul(gate, up, p->out_dtype), p->out_dtype);
 }

@@ -11,7 +11,10 @@ Sixteen rows of the weight make a panel; a panel is a run of tiles, each 32 colu
 
 so that one load has what one instruction needs: four neighbouring columns of sixteen rows (a "quad").
 
-A bfloat16 panel is [num_columns / 2][16][2], the tiles of AMX themselves. */
+A bfloat16 panel is [num_columns / 2][16][2], the tiles of AMX themselves.
+
+Where the first half of the rows is an MLP's gate and the second its up, the weight may be paired: each panel of gate is
+followed by that of the same rows of up, so that who stores their sums has both. */
 #pragma once
 #include "common.h"
 
@@ -24,6 +27,7 @@ typedef struct {
     const float *bias; /* [num_rows], or NULL */
     int64_t num_rows, num_columns;
     int32_t bits, groups, has_offset, shift;
+    int32_t is_paired; /* then num_rows is a multiple of 32 */
 } Weight;
 
 INLINE int64_t tile_size(int bits, int groups, int has_offset) {
@@ -34,6 +38,15 @@ INLINE int64_t tile_bytes(const Weight *w) {
 }
 INLINE int64_t num_tiles(const Weight *w) { return w->num_columns / TILE; }
 INLINE int64_t num_panels(const Weight *w) { return (w->num_rows + LANES - 1) / LANES; }
+
+/* Where among the panels that of rows [row, row + 16) lies, and the other way round. */
+INLINE int64_t panel_of(const Weight *w, int64_t row) {
+    int64_t panel = row / LANES, half = w->num_rows / LANES / 2;
+    return !w->is_paired ? panel : panel < half ? 2 * panel : 2 * (panel - half) + 1;
+}
+INLINE int64_t first_row(const Weight *w, int64_t panel) {
+    return w->is_paired ? panel / 2 * LANES + panel % 2 * (w->num_rows / 2) : panel * LANES;
+}
 
 /* Where the tile is that shall be fetched while `tile` is used, counted from it: tiles ahead, and past the panel's end
 in the panel that is read next, `wide` further on. size: bytes of a tile. */
