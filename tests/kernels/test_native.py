@@ -1,6 +1,7 @@
 """The C kernels: built where a compiler is, right in every layout, absent without harm."""
 
 import ctypes
+import dataclasses
 import json
 import os
 import re
@@ -13,11 +14,13 @@ import pytest
 import torch
 
 from crane.errors import ModelError
-from crane.kernels import native, packed
+from crane.kernels import native, packed, registry
+from crane.kernels.activation import silu_mul
 from crane.kernels.blocks import BlockWeight, dequantize
 from crane.kernels.packed import PackedLinear, Stored, can_pack, is_packable, is_read_by_c, pack
 from crane.models.config import load_config
 from crane.models.files import Checkpoint, TensorInfo, open_checkpoint
+from crane.models.layers import GatedMLP
 from crane.models.registry import load_model
 from crane.models.weights import Weights
 from tests.kernels import test_native_sampling
@@ -154,6 +157,7 @@ def test_without_avx512_products_and_draws_are_the_same(tmp_path, monkeypatch):
     assert not native.has_amx()
     for kind in ("Q4_1", "Q5_0", "Q6_K", "Q8_0"):
         test_every_number_of_rows_and_any_last_panel_are_right(library, kind, 0)
+        test_a_paired_weight_gates_to_the_bits_of_gate_and_up_computed_one_after_the_other(library, kind)
     test_native_sampling.check_cases()
     test_native_sampling.test_whole_vocabularies_are_drawn_from_as_defined("flat")
 
@@ -217,6 +221,56 @@ def test_parts_of_different_types_lie_side_by_side(c_kernels):
     found = PackedLinear([pack_blocks(part) for part in parts])(x)
     assert found.shape == (20, 64)
     assert (found - x @ whole.T).norm() < 0.01 * (x @ whole.T).norm()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "BF16"])
+def test_a_paired_weight_gates_to_the_bits_of_gate_and_up_computed_one_after_the_other(c_kernels, kind):
+    for half, dtype in ((16, torch.bfloat16), (80, torch.bfloat16), (96, torch.float32)):
+        if not can_pack(kind, (2 * half, 512), dtype):
+            continue
+        data = torch.randn(2 * half, 512).bfloat16() if kind == "BF16" else random_weight(kind, 2 * half, 512).data
+        bias, ids = torch.randn(2 * half), torch.arange(2 * half)
+        plain, paired = (pack(kind, 2 * half, 512, data.split(half), paired) for paired in (False, True))
+        assert torch.equal(plain.rows(ids, dtype), paired.rows(ids, dtype))
+        plain, paired = PackedLinear([plain], bias), PackedLinear([paired], bias)
+        x = torch.randn(600, 512, generator=torch.manual_seed(half)).to(dtype)
+        for rows in (*range(1, 9), 15, 16, 17, 32, 33, 70, 600):
+            expected = plain(x[:rows])
+            assert torch.equal(paired(x[:rows]), expected)
+            assert torch.equal(paired.gated(x[:rows]), silu_mul(expected))
+
+
+@pytest.mark.parametrize("kinds, inner, paired", [
+    (("Q5_0", "Q5_0"), 96, True), (("Q8_0", "Q5_0"), 96, False), (("Q8_0", "Q8_0"), 40, False),
+    (("F32", "F32"), 96, True),
+])  # fmt: skip
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_an_mlp_is_its_formula_be_gate_and_up_one_weight_or_two(c_kernels, tmp_path, kinds, inner, paired, rows):
+    checkpoint = open_checkpoint(make_tiny(tmp_path, "qwen2", fmt="gguf"))
+    config = dataclasses.replace(load_config(checkpoint), hidden_size=64, intermediate_size=inner)
+    infos, values = {}, []
+    with open(tmp_path / "weights", "wb") as file:
+        for name, kind, shape in zip(("gate", "up", "down"), (*kinds, "F32"), ((inner, 64), (inner, 64), (64, inner))):
+            blocks = torch.randn(shape) / 4 if kind == "F32" else random_weight(kind, *shape, seed=len(infos))
+            values.append((blocks if kind == "F32" else dequantize(blocks)).double())
+            data = (blocks if kind == "F32" else blocks.data).numpy().tobytes()
+            stored = f"blk.0.ffn_{name}.weight"
+            infos[stored] = TensorInfo(stored, kind, shape, tmp_path / "weights", file.tell(), len(data))
+            file.write(data)
+    files = Checkpoint(checkpoint.path, "gguf", checkpoint.metadata, infos)
+    mlp = GatedMLP(Weights(files, config, device="cpu", dtype=torch.bfloat16, exact=False), config, 0)
+    if isinstance(mlp.gate_up, PackedLinear):  # plain tensors need AMX
+        assert mlp.gate_up.is_paired == paired
+    x = torch.randn(rows, 64).bfloat16()
+    gate, up, down = (each.T for each in values)
+    expected = (torch.nn.functional.silu(x.double() @ gate) * (x.double() @ up)) @ down
+    for found in (mlp(x), apart(mlp, x)):
+        assert found.dtype == torch.bfloat16 and (found - expected).norm() < 0.02 * expected.norm()
+
+
+def apart(mlp, x):
+    with registry.force("torch", "silu_mul"):
+        return mlp(x)
 
 
 def test_threads_that_multiply_at_the_same_time_get_their_own_results(c_kernels):
@@ -338,4 +392,4 @@ def test_rows_for_amx_are_measured_once_for_each_kind_and_shape(c_kernels, tmp_p
 
 
 def test_structures_are_as_large_as_in_c():
-    assert ctypes.sizeof(native.Weight) == 48
+    assert ctypes.sizeof(native.Weight) == 56

@@ -163,7 +163,7 @@ def test_flat_logits_are_computed_whole_and_the_screen_is_left_for_ever_longer(c
 
 
 def test_structures_are_as_large_as_in_c():
-    assert ctypes.sizeof(native.Screen) == 48 + 3 * 8 + 2 * 4
+    assert ctypes.sizeof(native.Screen) == 56 + 3 * 8 + 2 * 4
 
 
 def test_only_weights_of_many_bits_are_screened(c_kernels):
