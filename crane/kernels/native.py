@@ -46,7 +46,7 @@ _SIGNATURES = {
     "crane_rows": (None, [_POINTER, _POINTER, c_int64, _POINTER, c_int32]),
     "crane_linear": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int64, c_int32, c_int32]),
     "crane_gated": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int32]),
-    "crane_best": (c_int32, [_POINTER, _POINTER, c_int64, c_int32, c_int32, c_int64, _POINTER, _POINTER]),
+    "crane_best": (c_int32, [_POINTER, _POINTER, c_int64, c_int32, c_int32, c_int64] + [_POINTER] * 3),
     "crane_screen": (None, [_POINTER, _POINTER, c_uint64]),
     "crane_rms_norm": (None, [_POINTER, _POINTER, c_float, _POINTER, _POINTER, c_int64, c_int64, c_int64, c_int32]),
     "crane_silu_mul": (None, [_POINTER, _POINTER, c_int64, c_int64, c_int32]),
@@ -54,7 +54,7 @@ _SIGNATURES = {
     "crane_angles": (None, [_POINTER] * 4 + [c_int64] * 2 + [c_float]),
     "crane_decode": (c_int32, [_POINTER] * 7 + [c_int64] * 9 + [c_float, c_int32]),
     "crane_prefill": (c_int32, [_POINTER] * 5 + [c_int64] * 9 + [c_float]),
-    "crane_sample": (None, [_POINTER] * 18 + [c_int64] * 4),
+    "crane_sample": (None, [_POINTER] * 10 + [c_int64] * 3),
     "crane_log_probabilities": (None, [_POINTER] * 7 + [c_int64] * 5),
     "crane_record": (c_int32, []),
     "crane_recorded": (_POINTER, []),
@@ -81,6 +81,19 @@ class Screen(ctypes.Structure):
         ("weight", Weight), ("num_screened", c_int64), ("num_blocks", c_int64), ("num_whole", c_int64),
         ("wait", c_int32), ("last_wait", c_int32),
     ]  # fmt: skip
+
+
+class Changes(ctypes.Structure):
+    """`Changes` of changes.h, whose pointers are `places`; at first none."""
+
+    _fields_ = [("places", c_void_p * 9), ("num_words", c_int64)]
+
+    def hold(self, changes) -> "Changes":
+        """Be these from now on: a `sampling.Changes` on the CPU, or None."""
+        self.tensors = changes
+        self.places[:] = [each.data_ptr() for each in vars(changes).values()] if changes else [None] * 9
+        self.num_words = changes.masks.shape[1] if changes else 0
+        return self
 
 
 _library: ctypes.CDLL | None = None

@@ -268,12 +268,14 @@ class PackedLinear:
         share = self.screen.num_blocks * _BLOCK_ROWS / max(self.screen.num_screened * self.out_features, 1)
         return f"{self.screen.num_screened} steps computed {share:.1%} of the layer, {self.screen.num_whole} all of it"
 
-    def best(self, x: Tensor, columns: int) -> Tensor:
-        """Where y has its maximum among the first `columns`, of equals the lowest: int64 [num_rows]. Of one part."""
+    def best(self, x: Tensor, columns: int, changes: native.Changes | None = None) -> Tensor:
+        """Where y has its maximum among the first `columns`, of equals the lowest: int64 [num_rows]. Of one part.
+        changes: what is done to y before, but masks; a recorded call reads anew what they are."""
         ((struct, _, amx_rows),) = self._plan
         x, num_rows = x.contiguous(), len(x)
         ids, method = torch.empty(num_rows, dtype=torch.int64), num_rows >= amx_rows and x.dtype == torch.bfloat16
         code, screen = native.DTYPES[x.dtype], self.screen and ctypes.byref(self.screen)
-        if native.library().crane_best(struct, x.data_ptr(), num_rows, code, method, columns, screen, ids.data_ptr()):
+        places = screen, ctypes.byref(changes or native.Changes()), ids.data_ptr()
+        if native.library().crane_best(struct, x.data_ptr(), num_rows, code, method, columns, *places):
             raise MemoryError("no memory to look for the best tokens in")
         return ids

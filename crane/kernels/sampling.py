@@ -13,6 +13,7 @@ The kernels `draw.sample` and `logprobs.log_probabilities` compute the same on a
 where there are C kernels; this is their reference.
 """
 
+import ctypes
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,8 +129,9 @@ def sample_in_c(logits: Tensor, draws: Draws, changes: Changes, keep: bool = Tru
     if not _is_plain(logits):
         return NotImplemented
     drawn = torch.empty(len(logits), dtype=torch.int64)
-    places = [each.data_ptr() for each in (logits, *vars(draws).values(), *vars(changes).values(), drawn)]
-    native.library().crane_sample(*places, *logits.shape, logits.stride(0), changes.masks.shape[1])
+    places = [each.data_ptr() for each in (logits, *vars(draws).values())]
+    changes = ctypes.byref(native.Changes().hold(changes))
+    native.library().crane_sample(*places, changes, drawn.data_ptr(), *logits.shape, logits.stride(0))
     return drawn
 
 

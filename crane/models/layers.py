@@ -207,13 +207,8 @@ class LMHead:
             return self.linear(hidden, torch.float32)
         return self.linear(hidden).float()
 
-    def best(self, hidden: Tensor, columns: int) -> Tensor:
-        """The best of the first `columns` tokens; C kernels keep no logits for it: int64 [num_rows]."""
-        packed = isinstance(self.linear, PackedLinear)
-        return self.linear.best(hidden, columns) if packed else self(hidden)[:, :columns].argmax(-1)
-
     def add_screen(self) -> None:
-        """Let `best` read less, where C kernels compute it: see `PackedLinear.add_screen`."""
+        """Let `PackedLinear.best` read less, where C kernels compute it: see there."""
         if isinstance(self.linear, PackedLinear):
             self.linear.add_screen()
 

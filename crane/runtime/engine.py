@@ -26,6 +26,7 @@ from crane.runtime.overlap import Flight, Overlap
 from crane.runtime.recorded import RecordedSteps
 from crane.runtime.recovery import Recovery
 from crane.runtime.runner import ModelRunner
+from crane.runtime.sampler import Sampler
 from crane.runtime.scheduler import Scheduler
 from crane.runtime.sequence import Sequence, Status
 from crane.runtime.settings import Settings
@@ -63,18 +64,18 @@ class Engine:
             tokenizer = tokenizer.result()
         if settings.screen and settings.recorded_steps:
             model.head.add_screen()
-        # A model's embedding is often padded beyond its tokenizer; some fine-tunes add tokens the model lacks:
-        # ids that may be given or drawn are those that both know.
+        # ids that both know: a model's embedding is often padded, and some fine-tunes add tokens that it lacks
         vocab_size = min(tokenizer.vocab_size, config.vocab_size)
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_ids)
         self.memory = KVMemory(settings, config, device, kv_dtype, disk)
         self._graphs = self._recorded = None
+        sampler = Sampler(vocab_size, self.memory.pages.device)
         shape = self.memory.pages, settings.max_concurrent, self.memory.max_model_len
         if settings.recorded_steps and native.library() is not None:
-            self._recorded = RecordedSteps(model, *shape, vocab_size)
+            self._recorded = RecordedSteps(model, *shape, sampler)
         elif settings.cuda_graphs:
             self._graphs = DecodeGraphs(model, *shape)
-        self.runner = ModelRunner(model, self.memory.pages, vocab_size, self._recorded or self._graphs)
+        self.runner = ModelRunner(model, self.memory.pages, sampler, self._recorded or self._graphs)
         self.scheduler = Scheduler(
             self.memory.pool, max_running=settings.max_concurrent, quantum_tokens=settings.decode_tokens_per_seq,
             max_step_tokens=settings.max_step_tokens, max_model_len=self.memory.max_model_len,

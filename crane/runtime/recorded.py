@@ -14,13 +14,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from crane.kernels import native
 from crane.kernels.attention import AttentionPlan
+from crane.kernels.packed import PackedLinear
 from crane.kernels.pages import slot_index
 from crane.kernels.recording import Memory, NotRecordable, Recording, record
 from crane.kernels.streamed import StreamedRows, streams
 from crane.kernels.transfer import fill_in
 from crane.models.context import ForwardContext
 from crane.runtime.batch import Row
+from crane.runtime.sampler import Sampler
 from crane.runtime.sequence import Sequence
 from crane.runtime.step_inputs import StepInputs
 
@@ -34,16 +37,17 @@ class RecordedSteps:
     """The decode steps of one engine, by number of rows: exact ones, because padding is work on a CPU.
 
     model: see `Decoder`. kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]. max_rows: of a step.
-    max_len: tokens of a sequence. vocab_size: ids that may be drawn.
+    max_len: tokens of a sequence. sampler: draws where steps give logits.
     """
 
-    def __init__(self, model, kv: Tensor, max_rows: int, max_len: int, vocab_size: int):
-        self._model, self._kv, self._max_rows, self._vocab_size = model, kv, max_rows, vocab_size
+    def __init__(self, model, kv: Tensor, max_rows: int, max_len: int, sampler: Sampler):
+        self._model, self._kv, self._max_rows, self._sampler = model, kv, max_rows, sampler
         self._max_pages = -(-max_len // kv.shape[3])
         self._numbers = torch.zeros(5, max_rows, dtype=torch.int64)  # token, position, slot, length, slot's index
         self._table = torch.zeros(max_rows, self._max_pages, dtype=torch.int64)
         self._inputs = StepInputs(self._numbers[:4].numpy(), self._table.numpy())
         self._places = torch.arange(max_rows)
+        self._changes = native.Changes()  # of logits before the best is taken
         self._memory = Memory()
         self._steps: OrderedDict[tuple[int, bool], Recording] = OrderedDict()  # rows; whether they take the best
         self._proved: set[tuple[int, bool]] = set()  # of them those that were compared
@@ -72,13 +76,15 @@ class RecordedSteps:
     @torch.inference_mode()
     def run(self, rows: list[Row], places: dict[Sequence, int], drawn: Tensor | None) -> tuple[Tensor, Tensor]:
         """Hidden states [len(rows), hidden] of the rows' tokens, whose K/V are in their pages then; and logits
-        [len(rows), vocab], or the next tokens, int64 [len(rows)], if all take the best. The next call overwrites both.
-        places, drawn: as in `Row.ahead`; None when nothing is unknown.
+        [len(rows), vocab], or the next tokens, int64 [len(rows)], if all take the best and C kernels find them. The
+        next call overwrites both. places, drawn: as in `Row.ahead`; None when nothing is unknown.
 
         Raises MemoryError.
         """
-        count = len(rows)
-        kind = count, all(row.sequence.takes_best for row in rows)
+        count, sequences = len(rows), [row.sequence for row in rows]
+        kind = count, all(each.takes_best for each in sequences)
+        if kind[1]:
+            self._changes.hold(self._sampler.changes(sequences, [row.ahead(0, places) for row in rows], drawn))
         self._fill(rows, places)
         if drawn is not None:
             self._numbers[0, :count] = fill_in(self._numbers[0, :count], drawn)
@@ -134,6 +140,8 @@ class RecordedSteps:
 
         def compute() -> tuple[Tensor, Tensor]:
             hidden = self._model(tokens, context)
-            return hidden, self._model.head.best(hidden, self._vocab_size) if best else self._model.logits(hidden)
+            if best and isinstance(linear := self._model.head.linear, PackedLinear):
+                return hidden, linear.best(hidden, self._sampler.vocab_size, self._changes)
+            return hidden, self._model.logits(hidden)
 
         return compute

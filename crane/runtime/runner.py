@@ -62,17 +62,16 @@ class Launched:
 class ModelRunner:
     """One model, its KV pages and a sampler.
 
-    kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]. vocab_size: ids that may be drawn.
-    graphs: compute the steps that they can take.
+    kv: [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]. graphs: compute the steps that they can take.
     """
 
-    def __init__(self, model, kv: Tensor, vocab_size: int, graphs: DecodeGraphs | RecordedSteps | None = None):
+    def __init__(self, model, kv: Tensor, sampler: Sampler, graphs: DecodeGraphs | RecordedSteps | None = None):
         self.model = model
         self.graphs = graphs
         self.kv = kv
         self.page_size = kv.shape[3]
         self.device = kv.device
-        self.sampler = Sampler(vocab_size, kv.device)
+        self.sampler = sampler
         # of sequences whose mean is wanted: the sums of their first hidden states, by how many these are, the last few
         self._sums: weakref.WeakKeyDictionary[Sequence, dict[int, Tensor]] = weakref.WeakKeyDictionary()
 

@@ -122,11 +122,14 @@ class Sequence:
 
     @property
     def takes_best(self) -> bool:
-        """Its next token is the one with the largest logit; nothing changes logits, nobody asks for them."""
+        """Its next token is the one with the largest logit after changes; no mask, and nobody asks for logits."""
+        return self.sampling.greedy and self.sampling.logprobs is None and self.constraint is None
+
+    @property
+    def changes_logits(self) -> bool:
+        """Penalties, bias, or stop tokens that may not come yet may change its logits."""
         p = self.sampling
-        if p.temperature or p.logit_bias or p.logprobs is not None or self.penalised or self.constraint is not None:
-            return False
-        return self.num_output >= p.min_tokens
+        return self.penalised or bool(p.logit_bias) or self.num_output < p.min_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:

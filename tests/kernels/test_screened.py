@@ -17,6 +17,8 @@ from crane.models.files import open_checkpoint
 from crane.models.registry import load_model
 from crane.models.tokenizer import load_tokenizer
 from crane.runtime.engine import Engine
+from crane.runtime.sampler import Sampler
+from crane.runtime.sequence import Sequence
 from crane.runtime.settings import Settings
 from crane.runtime.types import Generate, SamplingParams
 from tests.models.paged import PagedRun
@@ -185,12 +187,21 @@ def test_a_real_model_finds_the_best_token_of_every_position(c_kernels, request,
     hidden = []
     model.logits = lambda found: hidden.append(found) or torch.zeros(len(found), 1)
     run = PagedRun(model, 64, 32, torch.bfloat16)
+    tokens = tokenizer.encode(text)[:2000]
     for part in range(4):
-        run.step([(part, tokenizer.encode(text)[part * 500 : part * 500 + 500])])
-    x, linear = torch.cat(hidden), screened(weight)
+        run.step([(part, tokens[part * 500 : part * 500 + 500])])
+    x, linear, sampler = torch.cat(hidden), screened(weight), Sampler(weight.shape[0], torch.device("cpu"))
+    sampled = [SamplingParams(temperature=0.0, repetition_penalty=1.05), SamplingParams(temperature=0.0),
+               SamplingParams(temperature=0.0, presence_penalty=1.0, logit_bias={11: 20.0, 785: -5.0})]  # fmt: skip
     for start in range(0, len(x), 8):
         some = x[start : start + 8].contiguous()
         assert torch.equal(linear.best(some, weight.shape[0]), logits(weight, some).argmax(1))
+    for start in range(0, len(x), 8):  # as if each position's text were a prompt with penalties
+        some, rows = x[start : start + 8].contiguous(), range(start, min(start + 8, len(x)))
+        sequences = [Sequence(Generate("r", tokens[row // 500 * 500 : row + 1], sampled[row % 3]), 0, 1, frozenset())
+                     for row in rows]  # fmt: skip
+        best = linear.best(some, weight.shape[0], native.Changes().hold(sampler.changes(sequences, [()] * 8, None)))
+        assert torch.equal(best, sampler.launch(logits(weight, some), sequences, {}, [()] * 8).ids)
     if name == "qwen_coder":
         assert linear.screen.num_whole < 0.1 * linear.screen.num_screened
         assert linear.screen.num_blocks < 0.1 * linear.screen.num_screened * weight.shape[0] / 64
@@ -202,7 +213,8 @@ def test_an_engine_answers_the_same_without_and_says_what_the_screen_spared(qwen
         engine = Engine(Settings(model_path=str(qwen_coder), cpu=True, threads=2, max_model_len=128, max_concurrent=4,
                                  screen=wanted, dtype="bfloat16"))  # fmt: skip
         for place in range(3):
-            sampling = SamplingParams(temperature=0.0, max_tokens=20 + 10 * place, ignore_eos=True)
+            sampling = SamplingParams(temperature=0.0, max_tokens=20 + 10 * place, ignore_eos=True,
+                                      repetition_penalty=1 + place / 20, frequency_penalty=place / 2)  # fmt: skip
             engine.add(Generate(f"r{place}", list(range(750 + place, 760)), sampling))
         found = answers[wanted] = {}
         while engine.has_work:

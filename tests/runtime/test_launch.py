@@ -87,7 +87,7 @@ def gpu(monkeypatch, tmp_path):
         model = onto_gpu(engine.runner.model, set())
         kv = torch.empty(engine.runner.kv.shape, dtype=torch.float32, device=GPU)
         stack.enter_context(NoTransfer())
-        yield runner.ModelRunner(model, kv, engine.info.vocab_size), transfers, launched
+        yield runner.ModelRunner(model, kv, sampler.Sampler(engine.info.vocab_size, kv.device)), transfers, launched
 
 
 def onto_gpu(thing, seen):

@@ -22,6 +22,7 @@ from crane.runtime import recorded
 from crane.runtime.batch import Row
 from crane.runtime.engine import Engine
 from crane.runtime.recorded import RecordedSteps
+from crane.runtime.sampler import Sampler
 from crane.runtime.sequence import Sequence
 from crane.runtime.settings import Settings
 from crane.runtime.types import Generate, SamplingParams
@@ -46,18 +47,18 @@ def model(tmp_path):
 class World:
     """Sequences over random keys and values: their next tokens by recorded steps and, on pages of its own, plainly.
 
-    takes_best: they are greedy.
+    sampling: what they all want.
     """
 
     VOCAB = 90  # tokens that may be drawn, fewer than the model has
 
-    def __init__(self, model, dtype=torch.bfloat16, max_rows=5, takes_best=False):
-        self.sampling = SamplingParams(temperature=float(not takes_best))
+    def __init__(self, model, dtype=torch.bfloat16, max_rows=5, sampling=SamplingParams()):
+        self.sampling = sampling
         torch.manual_seed(0)
         self.plain = PagedRun(model, NUM_PAGES, PAGE, dtype)
         self.plain.kv[:] = torch.randn(self.plain.kv.shape)
         self.kv = self.plain.kv.clone()
-        self.steps = RecordedSteps(model, self.kv, max_rows, 700, self.VOCAB)
+        self.steps = RecordedSteps(model, self.kv, max_rows, 700, Sampler(self.VOCAB, self.kv.device))
         self.rows: dict[str, Row] = {}
 
     def add(self, name, start):
@@ -78,8 +79,10 @@ class World:
         hidden, found = self.steps.run(rows, {}, None)
         tokens = [(name, row.sequence.token_ids[row.start :]) for name, row in self.rows.items()]
         expected = torch.cat(self.plain.step(tokens))  # which gives the sequences their next pages, too
-        best = expected[:, : self.VOCAB].argmax(1)
-        assert torch.equal(found, expected if self.sampling.temperature else best)
+        sampler, sequences = Sampler(self.VOCAB, self.kv.device), [row.sequence for row in rows]
+        best = sampler.launch(expected.clone(), sequences, {}, [()] * len(rows)).ids
+        assert torch.equal(found, best if found.dtype == torch.int64 else expected)
+        assert (found.dtype == torch.int64) == self.sampling.greedy
         assert torch.isfinite(hidden.float()).all()
         assert torch.equal(self.kv.view(torch.uint8), self.plain.kv.view(torch.uint8))
         for row, token_id in zip(rows, best.tolist(), strict=True):
@@ -89,13 +92,16 @@ class World:
                 row.sequence.pages.append(self.plain.free.pop())
 
 
-@pytest.mark.parametrize("takes_best", [False, True], ids=["logits", "best"])
+@pytest.mark.parametrize("sampling", [
+    SamplingParams(temperature=1.0), SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.0, repetition_penalty=1.5, frequency_penalty=0.2, logit_bias={7: 0.5, 80: 9.0}),
+], ids=["logits", "best", "best-of-changed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "hunyuan"])
-def test_a_recorded_step_gives_what_the_plain_one_gives_to_the_last_bit(tmp_path, arch, dtype, takes_best):
+def test_a_recorded_step_gives_what_the_plain_one_gives_to_the_last_bit(tmp_path, arch, dtype, sampling):
     quant = "Q4_0" if arch == "llama" else "Q8_0"
     model = load(make_tiny(tmp_path, arch, fmt="gguf", quant=quant, tied=arch == "qwen3"), dtype)
-    world = World(model, dtype, takes_best=takes_best)
+    world = World(model, dtype, sampling=sampling)
     for name, start in (("a", 0), ("b", 509), ("c", 30)):
         world.add(name, start)
     for _ in range(9):  # pages fill up, and b's context becomes two chunks
@@ -237,6 +243,28 @@ def test_an_engine_gives_the_same_answers_with_and_without(tmp_path, overlap):
         state = engine.stats().kernels["recorded_steps"]
         assert state.startswith("for 1, 2, 3, 4 rows") if wanted else state == "not used"
     assert found[True] == found[False]
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_greedy_sequences_with_penalties_get_the_same_tokens_without_logits(tmp_path, overlap):
+    path, found = str(make_tiny(tmp_path, "qwen3", fmt="gguf", quant="Q8_0")), {}
+    changed = [
+        {}, dict(repetition_penalty=1.3), dict(repetition_penalty=0.8, presence_penalty=-0.5), dict(min_tokens=9),
+        dict(frequency_penalty=1.5, logit_bias={9: -100.0, 40: 3.0}), dict(presence_penalty=2.0),
+    ]  # fmt: skip
+    for wanted in (True, False):
+        engine = Engine(Settings(model_path=path, dtype="bfloat16", cpu=True, threads=2, max_model_len=128,
+                                 page_size=PAGE, max_concurrent=6, recorded_steps=wanted, overlap=overlap))  # fmt: skip
+        for place, changes in enumerate(changed):
+            sampling = SamplingParams(temperature=0.0, max_tokens=25 + 9 * place, **changes)
+            engine.add(Generate(f"r{place}", list(range(3, 9 + 7 * place)), sampling))
+        answers = found[wanted] = {}
+        while engine.has_work:
+            for output in engine.step():
+                answers.setdefault(output.rid, []).extend(output.token_ids)
+        assert not wanted or engine.runner.graphs.recording(1, best=True)
+    assert found[True] == found[False]
+    assert len({tuple(tokens[:9]) for tokens in found[True].values()}) > 3
 
 
 @pytest.mark.parametrize("dtype, page_size", [("bfloat16", 16), ("bfloat16", 8), ("float32", 16)])

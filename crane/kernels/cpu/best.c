@@ -1,5 +1,6 @@
 /* The best column of each row of x @ weight.T + bias: one slice of columns is computed after the other and looked
-through while the second cache has it, so that sums are neither written to memory nor read from it. */
+through while the second cache has it, so that sums are neither written to memory nor read from it. Some are changed
+before. */
 #include "product.h"
 #include <math.h>
 #include <stdlib.h>
@@ -8,13 +9,14 @@ through while the second cache has it, so that sums are neither written to memor
 #define SLICE_LEAST 1024      /* columns */
 #define SCREENED 8            /* rows, at most: as many as one pass over the weight serves */
 
-typedef struct { const float *sums; int64_t count, stride, first, *ids; float *most; } Slice;
+typedef struct { float *sums; int64_t count, stride, first, *ids; float *most; const Changes *changes; } Slice;
 
 /* The first place of a row's largest sum, if that is larger than those of the slices before. */
 static void search_row(void *argument, int64_t row) {
     const Slice *s = argument;
-    const float *sums = s->sums + row * s->stride;
+    float *sums = s->sums + row * s->stride;
     int64_t i = 0, at = 0;
+    crane_change(s->changes, row, sums, s->first, s->count, NULL);
     vf most[4] = {SPREAD(-INFINITY), SPREAD(-INFINITY), SPREAD(-INFINITY), SPREAD(-INFINITY)};
     for (; i + 64 <= s->count; i += 64)
         for (int n = 0; n < 4; n++) most[n] = max_v(load_f(sums + i + 16 * n), most[n]); /* not NaN */
@@ -54,17 +56,19 @@ static int32_t run_best(const void *argument) {
         Product product = {.w = &part, .x = p->x, .out = room, .num_rows = p->num_rows, .out_stride = stride,
                            .dtype = p->dtype, .out_dtype = FLOAT32, .method = p->method};
         crane_product(&product);
-        Slice slice = {room, count, stride, first, p->ids, most};
+        Slice slice = {room, count, stride, first, p->ids, most, p->changes};
         crane_parallel(search_row, &slice, p->num_rows);
     }
     return 0;
 }
 
 /* x: [num_rows, num_columns] of dtype, contiguous. ids: [num_rows], where among the first `columns` of the weight's rows
-each row of x has its largest product, of equals the lowest. method: as for `crane_linear`. Returns 0, or 1 when there
-is no memory. screen: of the weight, or NULL. */
+each row of x has its largest product, of equals the lowest. method: as for `crane_linear`. screen: of the weight, or
+NULL. changes: of products before they are compared, without masks; read when the call is made, and made again. Returns
+0, or 1 when there is no memory. */
 int32_t crane_best(const Weight *w, const void *x, int64_t num_rows, int32_t dtype, int32_t method, int64_t columns,
-                   Screen *screen, int64_t *ids) {
-    Best p = {w, x, num_rows, columns, ids, dtype, method, method == INTEGERS && num_rows <= SCREENED ? screen : NULL};
+                   Screen *screen, const Changes *changes, int64_t *ids) {
+    screen = method == INTEGERS && num_rows <= SCREENED ? screen : NULL;
+    Best p = {w, x, num_rows, columns, ids, dtype, method, screen, changes};
     return crane_call("best token", run_best, &p, sizeof p);
 }

@@ -91,6 +91,15 @@ INLINE float largest_f(vf v) {
     for (int i = 0; i < 16; i++) most = a.lane[i] > most ? a.lane[i] : most;
     return most;
 }
+/* A bit for each lane, which are all ones or all zeros. */
+INLINE uint32_t lane_bits(vi lanes) {
+#ifdef __AVX512F__
+    return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes);
+#else
+    union { vi all; __m256 half[2]; } u = {lanes};
+    return _mm256_movemask_ps(u.half[0]) | _mm256_movemask_ps(u.half[1]) << 8;
+#endif
+}
 /* The larger one; b where either is no number. */
 INLINE vf max_v(vf a, vf b) {
 #ifdef __AVX512F__

@@ -33,7 +33,7 @@ INLINE vf choose(vi lanes, vf v, float other) { return (vf)(((vi)v & lanes) | ((
 /* Writes the lanes side by side, and whatever behind them, 16 in all; returns how many they are. */
 INLINE int64_t append(float *to, vf v, vi lanes) {
 #ifdef __AVX512F__
-    __mmask16 bits = _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes);
+    uint32_t bits = lane_bits(lanes);
     store_f(to, (vf)_mm512_maskz_compress_ps(bits, (__m512)v));
     return __builtin_popcount(bits);
 #else

@@ -1,5 +1,6 @@
 /* y = x @ weight.T + bias: what its ways share. */
 #pragma once
+#include "changes.h"
 #include "weight.h"
 
 /* 32 values of x in 8 bits: q = round(x / scale). For each group of the weight: what its offset multiplies,
@@ -8,8 +9,10 @@ typedef struct { float scale, sum[2]; int32_t start[2]; } Round;
 
 enum { INTEGERS = 0, AMX = 1 }; /* methods */
 
-/* What is known of 16 rows of a screen's products (screen.c) with each row of x: [num_rows, num_panels] each. */
-typedef struct { float *middle, *upper; } Bounds;
+/* What is known of 16 rows of a screen's products (screen.c) with each row of x: [num_rows, num_panels] each.
+listed: bits of those that are left out, since they are to be changed; NULL: none. lanes: [.., 2, 16], middle and upper
+of each by itself where there are such. */
+typedef struct { float *middle, *upper, *lanes; uint16_t *listed; } Bounds;
 
 typedef struct {
     const Weight *w;
@@ -51,6 +54,7 @@ typedef struct {
     int64_t *ids;
     int32_t dtype, method;
     Screen *screen; /* of w, or NULL */
+    const Changes *changes; /* of sums, without masks */
 } Best;
 /* screen.c: looks for it with the screen. Returns 0, 1 when there is no memory, or -1 when all have to be computed. */
 int32_t crane_search_screen(const Best *p);

@@ -1,5 +1,6 @@
 /* From logits to tokens: penalties, bias, masks, top-k, top-p, min-p, the draw. What each means is said, and computed
 in torch, in kernels/sampling.py. A task is a row, so that nothing else has a part in what it gets. */
+#include "changes.h"
 #include "logits.h"
 
 #define SAMPLE 64 /* of so many vectors one is looked at for a guess of top-p's threshold */
@@ -103,12 +104,10 @@ typedef struct {
     const int32_t *top_k;
     const float *top_p, *min_p;
     const int64_t *seeds;
-    const int32_t *choices, *positions, *starts, *ids;
-    const float *counts, *bias, *repetition, *frequency, *presence;
-    const int32_t *mask_of;
-    const uint32_t *masks; /* [.., num_words] */
+    const int32_t *choices, *positions;
+    Changes changes;
     int64_t *drawn;
-    int64_t rows, vocab, stride, num_words;
+    int64_t rows, vocab, stride;
 } Sample;
 
 /* A number in [0, 1): 53 bits of Philox4x32-10, as `uniforms` has it. */
@@ -123,21 +122,9 @@ static double uniform(uint64_t seed, uint32_t choice, uint32_t position) {
     return (double)((uint64_t)c[0] << 21 | c[1] >> 11) * 0x1p-53;
 }
 
-/* Changes x at the row's places, and keeps what was there. */
-static void change(const Sample *p, int64_t row, float *x, float *before) {
-    float repetition = p->repetition[row], frequency = p->frequency[row], presence = p->presence[row];
-    for (int64_t i = p->starts[row]; i < p->starts[row + 1]; i++) {
-        if (p->ids[i] < 0) continue;
-        float v = *before++ = x[p->ids[i]], count = p->counts[i];
-        if (count >= 0)
-            v = (v > 0 ? v / repetition : v * repetition) - frequency * count - (count > 0 ? presence : 0);
-        x[p->ids[i]] = v + p->bias[i];
-    }
-}
-
-static void restore(const Sample *p, int64_t row, float *x, const float *before) {
-    for (int64_t i = p->starts[row]; i < p->starts[row + 1]; i++)
-        if (p->ids[i] >= 0) x[p->ids[i]] = *before++;
+static void restore(const Changes *c, int64_t row, float *x, int64_t vocab, const float *before) {
+    for (int64_t i = first_place(c, row); i < first_place(c, row + 1); i++)
+        if (c->ids[i] >= 0 && c->ids[i] < vocab) x[c->ids[i]] = *before++;
 }
 
 /* The row without what the mask does not allow. */
@@ -166,14 +153,15 @@ static int64_t draw(const Sample *p, int64_t row, Row *r) {
 
 static void sample_task(void *argument, int64_t row) {
     const Sample *p = argument;
+    const Changes *c = &p->changes;
     Row r;
     float *x = p->logits + row * p->stride;
-    int64_t places = p->starts[row + 1] - p->starts[row], masked = p->mask_of[row] >= 0 ? p->vocab : 0;
+    int64_t places = first_place(c, row + 1) - first_place(c, row), masked = c->mask_of[row] >= 0 ? p->vocab : 0;
     float *before = crane_row(&r, x, p->vocab, places + masked), *allowed = before + places;
-    change(p, row, x, before);
-    if (masked) mask(x, p->masks + p->mask_of[row] * p->num_words, p->vocab, allowed), r.x = allowed;
+    crane_change(c, row, x, 0, p->vocab, before);
+    if (masked) mask(x, c->masks + c->mask_of[row] * c->num_words, p->vocab, allowed), r.x = allowed;
     p->drawn[row] = draw(p, row, &r);
-    restore(p, row, x, before);
+    restore(c, row, x, p->vocab, before);
 }
 
 static int32_t run_sample(const void *p) {
@@ -182,11 +170,8 @@ static int32_t run_sample(const void *p) {
 
 /* As `sample` in kernels/sampling.py; logits are afterwards what they were. drawn: [rows]. */
 void crane_sample(float *logits, const float *temperature, const int32_t *top_k, const float *top_p, const float *min_p,
-                  const int64_t *seeds, const int32_t *choices, const int32_t *positions, const int32_t *starts,
-                  const int32_t *ids, const float *counts, const float *bias, const float *repetition,
-                  const float *frequency, const float *presence, const int32_t *mask_of, const uint32_t *masks,
-                  int64_t *drawn, int64_t rows, int64_t vocab, int64_t stride, int64_t num_words) {
-    Sample p = {logits, temperature, top_k, top_p, min_p, seeds, choices, positions, starts, ids, counts, bias,
-                repetition, frequency, presence, mask_of, masks, drawn, rows, vocab, stride, num_words};
+                  const int64_t *seeds, const int32_t *choices, const int32_t *positions, const Changes *changes,
+                  int64_t *drawn, int64_t rows, int64_t vocab, int64_t stride) {
+    Sample p = {logits, temperature, top_k, top_p, min_p, seeds, choices, positions, *changes, drawn, rows, vocab, stride};
     crane_call("sample", run_sample, &p, sizeof p);
 }

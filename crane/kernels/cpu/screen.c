@@ -7,7 +7,10 @@ probability that makes it right on average. So the difference between a product 
 because x was computed without the screen. Hoeffding (1963), theorem 2: it is below -z / 2 * sqrt(sum of (s * x)^2)
 with a probability of at most exp(-z^2 / 2). A column may be the best if its screen's product plus that is not below
 some exact product. The best one, then, is missed with at most that probability, once a row of x; float32 sums of up to
-16,384 columns are wrong by less than a hundredth of it. */
+16,384 columns are wrong by less than a hundredth of it.
+
+Products that are changed before they are compared (changes.h) have changed bounds: the larger of two is still the larger
+one, or equal. */
 #include "product.h"
 #include <math.h>
 #include <stdlib.h>
@@ -103,11 +106,16 @@ void crane_bound(const Product *p, int64_t row, int64_t panel, vf sum, vf spread
     vi odd = upper != upper; /* what is no number has to be computed */
     vf infinite = SPREAD(INFINITY);
     upper = (vf)(((vi)upper & ~odd) | ((vi)infinite & odd));
+    int listed = p->bounds->listed ? p->bounds->listed[at] : 0;
+    if (listed) {
+        store_f(p->bounds->lanes + at * 2 * LANES, sum), store_f(p->bounds->lanes + at * 2 * LANES + LANES, upper);
+        none |= -(SPREAD_I(listed) >> lane & 1);
+    }
     p->bounds->upper[at] = largest_f((vf)(((vi)upper & ~none) | ((vi)-infinite & none)));
     p->bounds->middle[at] = largest_f((vf)(((vi)sum & ~none) | ((vi)-infinite & none)));
 }
 
-/* What one search works in: [num_rows, num_panels] twice, [num_rows, stride] sums, [num_rows], blocks. */
+/* What one search works in: bounds, [num_rows, stride] sums in the place of the bounds' lanes, [num_rows], blocks. */
 typedef struct {
     Bounds bounds;
     float *sums, *least;
@@ -118,18 +126,57 @@ typedef struct {
 static int room_for(const Best *p, int64_t panels, Room *room) {
     static __thread float *memory;
     static __thread int64_t size;
-    int64_t each = 2 * panels + panels * LANES + 1, wanted = p->num_rows * each + panels;
+    int64_t each = 2 * panels + 2 * panels * LANES + 1 + (panels + 1) / 2, wanted = p->num_rows * each + panels;
     if (size < wanted) {
         free(memory);
         memory = malloc((size = wanted) * sizeof(float));
         if (!memory) return size = 0;
     }
     room->stride = panels * LANES;
-    room->bounds = (Bounds){memory, memory + p->num_rows * panels};
-    room->sums = memory + 2 * p->num_rows * panels;
-    room->least = room->sums + p->num_rows * room->stride;
+    float *middle = memory, *upper = middle + p->num_rows * panels, *lanes = upper + p->num_rows * panels;
+    room->sums = lanes;
+    room->least = lanes + 2 * p->num_rows * room->stride;
     room->blocks = (int32_t *)(room->least + p->num_rows);
+    int any = first_place(p->changes, p->num_rows) > first_place(p->changes, 0);
+    room->bounds = (Bounds){middle, upper, lanes, any ? (uint16_t *)(room->blocks + panels) : NULL};
     return 1;
+}
+
+typedef struct { const Best *best; const Bounds *bounds; int64_t panels; } Listed;
+
+/* Marks the columns listed for a row. */
+static void mark_listed(void *argument, int64_t row) {
+    const Listed *p = argument;
+    const Changes *c = p->best->changes;
+    uint16_t *listed = p->bounds->listed + row * p->panels;
+    memset(listed, 0, p->panels * sizeof *listed);
+    for (int64_t i = first_place(c, row); i < first_place(c, row + 1); i++)
+        if (c->ids[i] >= 0 && c->ids[i] < p->best->columns) listed[c->ids[i] / LANES] |= 1 << c->ids[i] % LANES;
+}
+
+/* Lets their bounds, changed, take part in their panels'. What is no number then is not the best one, whatever its sum. */
+static void bound_listed(void *argument, int64_t row) {
+    const Listed *p = argument;
+    const Changes *c = p->best->changes;
+    const Bounds *b = p->bounds;
+    for (int64_t i = first_place(c, row); i < first_place(c, row + 1); i++) {
+        if (c->ids[i] < 0 || c->ids[i] >= p->best->columns) continue;
+        int64_t at = row * p->panels + c->ids[i] / LANES;
+        const float *lane = b->lanes + at * 2 * LANES + c->ids[i] % LANES;
+        b->middle[at] = fmaxf(b->middle[at], changed(c, row, i, lane[0]));
+        b->upper[at] = fmaxf(b->upper[at], changed(c, row, i, lane[LANES]));
+    }
+}
+
+/* What is known of all panels by the screen. */
+static void find_bounds(const Best *p, int64_t num_columns, const Bounds *bounds) {
+    Weight screen = p->screen->weight;
+    screen.num_rows = num_columns;
+    Product product = {.w = &screen, .x = p->x, .num_rows = p->num_rows, .dtype = p->dtype, .bounds = bounds};
+    Listed listed = {p, bounds, num_panels(&screen)};
+    if (bounds->listed) crane_parallel(mark_listed, &listed, p->num_rows);
+    crane_integer_product(&product);
+    if (bounds->listed) crane_parallel(bound_listed, &listed, p->num_rows);
 }
 
 /* Blocks with panels that may have the largest sum of some row. */
@@ -151,21 +198,20 @@ static void multiply_blocks(const Best *p, const Weight *w, Room *room, int64_t 
     crane_integer_product(&product);
 }
 
-/* A row's largest sum in a block; its place, too, if that is larger than `most`. Returns the larger. */
+/* A row's largest sum in a block, after changes; its place, too, if that is larger than `most`. Returns the larger. */
 static float search_block(const Best *p, const Room *room, int64_t row, int64_t block, float most, int64_t *id) {
     int64_t first = block * BLOCK * LANES, end = first + BLOCK * LANES < p->columns ? first + BLOCK * LANES : p->columns;
+    float *sums = room->sums + row * room->stride;
+    crane_change(p->changes, row, sums + first, first, end - first, NULL);
     for (int64_t i = first; i < end; i++)
-        if (room->sums[row * room->stride + i] > most) most = room->sums[row * room->stride + i], *id = i;
+        if (sums[i] > most) most = sums[i], *id = i;
     return most;
 }
 
 /* Finds the ids. Returns how many blocks were computed for that, -1 if it would have been too many. */
 static int64_t search(const Best *p, const Weight *w, Room *room) {
     int64_t panels = num_panels(w), id;
-    Weight screen = p->screen->weight;
-    screen.num_rows = w->num_rows;
-    Product product = {.w = &screen, .x = p->x, .num_rows = p->num_rows, .dtype = p->dtype, .bounds = &room->bounds};
-    crane_integer_product(&product);
+    find_bounds(p, w->num_rows, &room->bounds);
     for (int64_t row = 0; row < p->num_rows; row++) {
         const float *middle = room->bounds.middle + row * panels;
         int64_t first = 0;
