@@ -31,25 +31,26 @@ void crane_scan(Row *r, int with_mass) {
         r->sums[c] *= exp((double)(r->tops[c] - r->best) * r->inverse);
 }
 
-void crane_collect(Row *r, float low, float high) {
+void crane_collect(Row *r, float low, float high, int many) {
     r->size = 0, r->listed = 0, r->low = low, r->high = high;
     for (int64_t c = 0; c < r->num_chunks; c++) {
         const float *x = chunk_at(r, c);
         float found[CHUNK + 16];
         int64_t size = 0;
-        for (int64_t i = 0; r->tops[c] >= low && i < CHUNK; i += 16) {
+        for (int64_t i = 0; (many || r->tops[c] >= low) && i < CHUNK; i += 16) {
             vf v = load_f(x + i);
-            size += append(found + size, v, v >= SPREAD(low));
+            size += append(found + size, v, many ? v < SPREAD(high) : v >= SPREAD(low));
         }
         store_f(found + size, SPREAD(-INFINITY));
         vf sum = {};
         for (int64_t i = 0; i < size; i += 16) {
             vf v = load_f(found + i);
             vi higher = v >= SPREAD(high);
-            if (high < INFINITY) sum += only(mass(r, v, r->best), higher);
+            if (many) sum += mass(r, v, r->best); /* behind the end it is nothing */
+            else if (high < INFINITY) sum += only(mass(r, v, r->best), higher);
             r->size += append(r->list + r->size, v, (v >= SPREAD(low)) & ~higher);
         }
-        r->sums[c] = sum_f(sum), r->ends[c] = r->size;
+        r->sums[c] = many ? fmax(r->sums[c] - sum_f(sum), 0) : sum_f(sum), r->ends[c] = r->size;
     }
     store_f(r->list + r->size, SPREAD(-INFINITY));
     for (int64_t i = 0; i < r->size; i += CHUNK) {
@@ -64,7 +65,7 @@ void crane_collect(Row *r, float low, float high) {
 }
 
 void crane_sum_up(Row *r, float cut) {
-    if (!(r->low <= cut && cut <= r->high)) return crane_collect(r, cut, cut);
+    if (!(r->low <= cut && cut <= r->high)) return crane_collect(r, cut, cut, 0);
     for (int64_t c = 0, i = 0; c < r->num_chunks; i = r->ends[c++]) {
         vf sum = {};
         for (; i < r->ends[c]; i += 16) {

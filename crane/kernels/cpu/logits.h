@@ -72,8 +72,8 @@ float *crane_row(Row *r, const float *x, int64_t vocab, int64_t extra);
 /* Maxima, and if wanted the mass of every chunk. */
 void crane_scan(Row *r, int with_mass);
 /* Puts the tokens from `low` up to `high` on the list, in order, and the mass of those that reach `high` into the sums.
-low > -inf. */
-void crane_collect(Row *r, float low, float high);
+low > -inf. many: most do, and the sums are those of all: then only the others' mass is computed. */
+void crane_collect(Row *r, float low, float high, int many);
 /* Makes the sums those of the tokens that reach `cut`. */
 void crane_sum_up(Row *r, float cut);
 Split crane_split(const float *x, const float *weights, int64_t size, float middle);

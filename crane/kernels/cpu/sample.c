@@ -7,7 +7,7 @@ in torch, in kernels/sampling.py. A task is a row, so that nothing else has a pa
 
 /* Top-k, and top-p among what it keeps: the least logit kept. */
 static float threshold_k(Row *r, int64_t k, double top_p) {
-    crane_collect(r, crane_reached(r, k), INFINITY);
+    crane_collect(r, crane_reached(r, k), INFINITY, 0);
     float low = crane_threshold(r, 1, r->low, r->best, 0, k);
     if (top_p >= 1) return low;
     Split s = crane_split(r->list, r->weights, r->size, low);
@@ -17,8 +17,8 @@ static float threshold_k(Row *r, int64_t k, double top_p) {
 }
 
 /* Between which logits top-p's threshold lies, by a sample of the row, to four standard deviations: without that the
-list may be nearly the row. tail: the mass that is not kept. */
-static void guess(Row *r, double tail, float *low, float *high) {
+list may be nearly the row. tail: the mass that is not kept. Returns whether most tokens are above. */
+static int guess(Row *r, double tail, float *low, float *high) {
     vf sum = {};
     r->size = 0;
     for (int64_t i = 0; i + 16 <= r->vocab; i += 16 * SAMPLE, r->size += 16) {
@@ -29,9 +29,10 @@ static void guess(Row *r, double tail, float *low, float *high) {
     double all = sum_f(sum);
     float middle = crane_threshold(r, 0, -FLT_MAX, r->best, 0, all - tail / SAMPLE);
     double margin = 4 * sqrt(tail / SAMPLE * expf((middle - r->best) * r->inverse));
-    if (margin > tail / SAMPLE) return;
+    if (margin > tail / SAMPLE) return 0;
     *low = fmaxf(*low, crane_threshold(r, 0, -FLT_MAX, middle, 0, all - tail / SAMPLE + margin));
     *high = crane_threshold(r, 0, middle, r->best, 0, all - tail / SAMPLE - margin);
+    return crane_split(r->list, NULL, r->size, *high).count > r->size / 2;
 }
 
 /* Top-p without top-k: the least logit kept. The sums are those of all tokens. */
@@ -40,12 +41,12 @@ static float threshold_p(Row *r, double top_p) {
     /* tokens lighter than an equal share of the tail do not make up the tail: none of them is kept */
     float least = r->best + (logf(tail / r->vocab) - 1e-3f) * r->temperature, low, high = INFINITY;
     low = least = least > -FLT_MAX ? least : -FLT_MAX;
-    if (r->vocab > 512 * SAMPLE) guess(r, tail, &low, &high);
-    crane_collect(r, low, high);
+    int many = r->vocab > 512 * SAMPLE && guess(r, tail, &low, &high);
+    crane_collect(r, low, high, many);
     double above = total(r);
     if ((high < INFINITY && above >= need) || (low > least && above + r->listed < need)) { /* it is not in between */
         low = least, high = INFINITY, above = 0;
-        crane_collect(r, low, high);
+        crane_collect(r, low, high, 0);
     }
     return crane_threshold(r, 0, low, fminf(high, r->best), above, need);
 }
