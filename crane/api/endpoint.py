@@ -56,7 +56,8 @@ class Generation(Protocol):
     """Outputs in, bytes out, for one HTTP request. See `generation.BaseGeneration`.
 
     stream: whether the client wants events. failed: set when the engine broke it. aborts: choices, as (rid, index),
-    that need no more tokens although the engine still makes them; the driver takes them out.
+    that need no more tokens although the engine still makes them; the driver takes them out. _num_open: choices that
+    have not ended, counted by those that inherit from this.
     """
 
     requests: list[Generate]
@@ -64,7 +65,8 @@ class Generation(Protocol):
     aborts: list[tuple[str, int]]
 
     @property
-    def finished(self) -> bool: ...
+    def finished(self) -> bool:
+        return self._num_open == 0 or self.failed is not None
 
     @property
     def num_tokens(self) -> int:
@@ -72,6 +74,7 @@ class Generation(Protocol):
 
     def start(self) -> bytes:
         """The frames that precede any output."""
+        return b""
 
     def feed(self, outputs: list[Output]) -> bytes:
         """The frames that `outputs` complete (b"" when none, or when not streaming)."""

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 
+from crane.api.endpoint import Generation
 from crane.api.errors import out_of_time
 from crane.errors import EngineError, RequestError
 from crane.runtime.types import Generate, Output
 
 
-class GatheredOutputs:
+class GatheredOutputs(Generation):
     """See `endpoint.Generation`; never streams. render: the last output of each request, in order -> the body."""
 
     stream = False
+    num_tokens = 0  # none is drawn
 
     def __init__(self, requests: list[Generate], render: Callable[[list[Output]], bytes]):
         self.requests = requests
@@ -20,14 +22,6 @@ class GatheredOutputs:
         self._num_open = len(requests)
         self._aborted = False
         self.aborts: list[tuple[str, int]] = []
-        self.num_tokens = 0  # none is drawn
-
-    @property
-    def finished(self) -> bool:
-        return self._num_open == 0 or self.failed is not None
-
-    def start(self) -> bytes:
-        return b""
 
     def feed(self, outputs: list[Output]) -> bytes:
         for output in outputs:

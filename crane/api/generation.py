@@ -15,7 +15,7 @@ import msgspec
 from crane.api import sse
 from crane.api.bodies import GenerateBody
 from crane.api.chat_parser import ChatEvent, ChatParser
-from crane.api.endpoint import Context
+from crane.api.endpoint import Context, Generation
 from crane.api.errors import error_frame, out_of_time
 from crane.api.logprobs import trimmed
 from crane.api.queueing import claims
@@ -66,7 +66,7 @@ class Choice:
     around: tuple[bytes, bytes] | None = None
 
 
-class BaseGeneration(abc.ABC):
+class BaseGeneration(Generation, abc.ABC):
     """See `endpoint.Generation`. Written by one driver; `failed` is the EngineError that broke it."""
 
     id_prefix = ""
@@ -110,15 +110,8 @@ class BaseGeneration(abc.ABC):
         self._tail = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
 
     @property
-    def finished(self) -> bool:
-        return self._num_open == 0 or self.failed is not None
-
-    @property
     def num_tokens(self) -> int:
         return sum(len(choice.text.token_ids) for choice in self.choices)
-
-    def start(self) -> bytes:
-        return b""
 
     def feed(self, outputs: list[Output]) -> bytes:
         return self._feed(outputs[0]) if len(outputs) == 1 else b"".join(map(self._feed, outputs))

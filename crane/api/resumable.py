@@ -15,7 +15,6 @@ import msgspec
 from crane.api import sse
 from crane.api.bodies import invalid
 from crane.api.endpoint import Answer, Context, Endpoint, Generation, Question, Request
-from crane.api.errors import error_frame
 from crane.errors import EngineError, RequestError
 
 _EVENT_ID = re.compile(r"([\w-]{1,200}):(\d{1,9})", re.ASCII)
@@ -42,16 +41,13 @@ class NumberedGeneration:
 
     def __init__(self, generation: Generation, num_known: int = 0, resumes: bool = False):
         self._generation = generation
+        self.requests, self.aborts = generation.requests, generation.aborts
         self._num_known = num_known
         self._num_events = 0
         self.resumes = resumes  # its requests run already
         for choice in generation.choices:
             if choice.parser is not None:  # ids of tool calls must not change either
                 choice.parser.new_id = _call_ids(generation.id, choice.index)
-
-    @property
-    def requests(self) -> list:
-        return self._generation.requests
 
     @property
     def finished(self) -> bool:
@@ -75,15 +71,8 @@ class NumberedGeneration:
     def num_tokens(self) -> int:
         return self._generation.num_tokens
 
-    @property
-    def aborts(self) -> list[tuple[str, int]]:
-        return self._generation.aborts
-
     def finish(self) -> bytes:
         return self._number(self._generation.finish())
-
-    def broken(self, error: Exception) -> bytes:
-        return error_frame(error)
 
     def _number(self, frames: bytes) -> bytes:
         parts = []

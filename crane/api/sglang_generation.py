@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from crane.api import sse
-from crane.api.endpoint import Context
+from crane.api.endpoint import Context, Generation
 from crane.api.errors import error_object, out_of_time
 from crane.errors import EngineError
 from crane.models.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ class NativeChoice:
     drawn: Scores = field(default_factory=Scores)
 
 
-class NativeGeneration:
+class NativeGeneration(Generation):
     """See `endpoint.Generation`. The text and ids of an event are all so far; what is new where the settings say so.
 
     listed: the answer is a list, and events say whose they are. with_text: log-probabilities name their tokens.
@@ -106,15 +106,8 @@ class NativeGeneration:
         self._num_open = len(self.choices)
 
     @property
-    def finished(self) -> bool:
-        return self._num_open == 0 or self.failed is not None
-
-    @property
     def num_tokens(self) -> int:
         return sum(len(choice.stream.token_ids) for choice in self.choices)
-
-    def start(self) -> bytes:
-        return b""
 
     def feed(self, outputs: list[Output]) -> bytes:
         frames = []
