@@ -26,6 +26,8 @@ MAX_BROKEN_STEPS = 5
 # After so long without work the engine does, once, what nobody should wait for; see `Engine.rest`.
 IDLE_S = 1.0
 TAKEN = "the stream goes on over another connection"
+# See `Company`: it waits no longer than this, and than this share of a step.
+COMPANY_S, COMPANY_SHARE = 0.01, 0.1
 # What `post` carries when the loop wants the stepper to end once nothing runs.
 _DRAIN = object()
 
@@ -51,6 +53,35 @@ class _Owner:
     key: str
 
 
+class Company:
+    """How long a request that wakes an idle engine waits for others, so that a burst starts in one step: until as many
+    have come as soon followed the one before, or fill a step of max_tokens. After one that stayed alone, not at all."""
+
+    def __init__(self, max_tokens: int, clock: Callable[[], float] = time.monotonic):
+        self._max_tokens, self._clock = max_tokens, clock
+        self._woken_s, self._limit_s = 0.0, COMPANY_S
+        self._num_expected = self._num = self._num_tokens = self._num_steps = 0
+
+    def add(self, came_s: float, woke: bool, num_tokens: int) -> None:
+        """A request of so many tokens that came then. woke: the engine had no work."""
+        if woke:
+            self._woken_s, self._num_expected = came_s, self._num
+            self._num = self._num_tokens = self._num_steps = 0
+        self._num += came_s <= self._woken_s + self._limit_s
+        self._num_tokens += num_tokens
+
+    def stepped(self, seconds: float) -> None:
+        """A step took so long: the longer the first one is, the more it costs to miss it."""
+        self._num_steps += 1
+        if self._num_steps == 1:
+            self._limit_s = min(COMPANY_S, COMPANY_SHARE * seconds)
+
+    @property
+    def wait_s(self) -> float:
+        enough = self._num >= self._num_expected or self._num_tokens >= self._max_tokens
+        return 0 if enough else max(self._woken_s + self._limit_s - self._clock(), 0)
+
+
 class Stepper(threading.Thread):
     """One engine on one thread.
 
@@ -67,6 +98,7 @@ class Stepper(threading.Thread):
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._owners: dict[str, _Owner] = {}
         self._waiting = Waiting()
+        self._company = Company(settings.max_step_tokens)
         self._journal = Journal(settings.journal_memory, settings.journal_s)
         self._unheard: list[str] = []  # requests to end: nobody listens, and nobody can any more
         self._draining = False
@@ -76,11 +108,11 @@ class Stepper(threading.Thread):
 
     def post(self, peer: Any, message: Generate | Abort | Leave | Resume | Call | None) -> None:
         """From any thread: a message of this peer, or None when the peer is gone."""
-        self._inbox.put((peer, message))
+        self._inbox.put((time.monotonic(), peer, message))
 
     def drain(self) -> None:
         """From any thread: end once nothing runs."""
-        self._inbox.put((None, _DRAIN))
+        self._inbox.put((0.0, None, _DRAIN))
 
     def run(self) -> None:
         progress = Progress(lambda *sizes: self._tell(self._listener.loading, *sizes))
@@ -125,18 +157,19 @@ class Stepper(threading.Thread):
     def _take(self, engine) -> list[tuple]:
         """Act on everything in the inbox; with nothing to compute, wait for it. Returns what to deliver."""
         answers = []
-        wait = not engine.has_work and not self._draining
+        idle = wait = not engine.has_work and not self._draining
         while True:
-            more = wait and engine.prepare()
+            timeout_s = self._company.wait_s if idle else 0
+            if wait:
+                timeout_s = 0 if engine.prepare() else None if self._rested else IDLE_S
             try:
-                peer, message = self._inbox.get(wait and not more, None if self._rested else IDLE_S)
+                came_s, peer, message = self._inbox.get(timeout=timeout_s)
             except queue.Empty:
                 if not wait:
                     return answers
-                if more:
-                    continue
-                engine.rest()
-                self._rested = True
+                if timeout_s:
+                    engine.rest()
+                    self._rested = True
                 continue
             wait = False
             if message is None:
@@ -154,7 +187,10 @@ class Stepper(threading.Thread):
             elif isinstance(message, Call) and message.op in Waiting.OPS:
                 self._waiting.add(peer, message)
             else:
+                woke = not engine.has_work
                 answers.append((peer, self._answer(engine, peer, message)))
+                if engine.has_work and isinstance(message, Generate):
+                    self._company.add(came_s, woke, len(message.prompt_ids))
 
     def _answer(self, engine, peer, message: Generate | Call) -> Accepted | Rejected | Reply:
         """What the worker waits for, whatever happens."""
@@ -185,10 +221,8 @@ class Stepper(threading.Thread):
             return Reply(call.id, msgspec.to_builtins(engine.stats()))
         if call.op == "journal":
             return Reply(call.id, self._journal.note(call.payload))
-        if call.op == "metrics":
-            return Reply(call.id, engine.metrics())
-        if call.op == "trace":
-            return Reply(call.id, engine.trace())
+        if call.op in ("metrics", "trace"):
+            return Reply(call.id, getattr(engine, call.op)())
         if call.op == "plan":
             requests = msgspec.convert(call.payload, list[Generate])
             return Reply(call.id, [msgspec.to_builtins(engine.plan(request)) for request in requests])
@@ -250,6 +284,7 @@ class Stepper(threading.Thread):
         except Exception as error:  # the engine answers what it can itself; here all that runs is broken
             log.exception("an engine step failed")
             outputs = engine.fail_all(f"the engine failed: {type(error).__name__}")
+        self._company.stepped(time.monotonic() - self.step_since_s)
         self.step_since_s = None
         if outputs:
             # a grammar that does not work out is its request's fault

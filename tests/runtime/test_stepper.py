@@ -1,9 +1,13 @@
 """The stepper on a scripted engine: whom it tells what."""
 
+import threading
+import time
+
 import pytest
 
+from crane.runtime import stepper as stepper_module
 from crane.runtime.settings import Settings
-from crane.runtime.stepper import Stepper
+from crane.runtime.stepper import Company, Stepper
 from crane.runtime.types import Call, Generate, Leave, Output, Rejected, Reply, Resume, SamplingParams, Step
 from tests.fake_engine import FakeEngine
 
@@ -93,3 +97,78 @@ def test_a_question_that_breaks_the_engine_is_answered_and_costs_nobody_anything
     (reply,) = [message for peer, message in audience.heard if peer == "b"]
     assert reply == Reply(1, error="the engine failed on this request: ValidationError")
     assert audience.outputs("a")[-1].finish_reason == "length"
+
+
+class Clocked:
+    """A `Company` of steps of 512 tokens and a clock of the test's."""
+
+    def __init__(self):
+        self.now_s = 0.0
+        self.company = Company(512, lambda: self.now_s)
+
+    def burst(self, *delays_s, num_tokens=100, step_s=0.1):
+        """Requests come to an idle engine, so long after the first. Returns what each let the first step wait."""
+        self.now_s += 1000
+        woken_s, waits_s = self.now_s, []
+        for delay_s in (0, *delays_s):
+            self.now_s = woken_s + delay_s
+            self.company.add(self.now_s, not waits_s, num_tokens)
+            waits_s.append(self.company.wait_s)
+        self.company.stepped(step_s)
+        return waits_s
+
+
+def test_a_request_waits_for_others_only_where_they_soon_followed_the_one_before():
+    scene = Clocked()
+    assert scene.burst() == [0] and scene.burst() == [0], "nobody ever came"
+    assert scene.burst(0.004, 0.008) == [0, 0, 0], "nobody could know"
+    assert scene.burst(0.004, 0.008) == pytest.approx([0.01, 0.006, 0]), "as many as before are there"
+    assert scene.burst() == pytest.approx([0.01]), "it may be that they come again"
+    assert scene.burst(0.02) == [0, 0], "the last one was alone"
+    assert scene.burst() == [0], "who came after 20 ms was none to wait for"
+
+
+def test_a_request_waits_no_longer_once_a_step_is_full_or_where_steps_are_short():
+    scene = Clocked()
+    scene.burst(0.001, 0.002, 0.003)
+    assert scene.burst(0.001, 0.002, 0.003, num_tokens=200) == pytest.approx([0.01, 0.009, 0, 0])
+    assert scene.burst(0.001, num_tokens=512) == [0, 0]
+    scene.burst(0.0001, step_s=0.002)
+    assert scene.burst() == pytest.approx([0.0002]), "missing a step of 2 ms is no loss"
+
+
+class Noting(FakeEngine):
+    """Notes which requests each step has."""
+
+    def __init__(self, settings, progress):
+        super().__init__(settings, progress)
+        self.step_rids = []
+
+    def step(self):
+        self.step_rids.append(sorted(rid for rid, _ in self.running))
+        return super().step()
+
+
+def test_a_burst_to_an_idle_engine_starts_in_one_step_once_there_was_one_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(stepper_module, "COMPANY_S", 60.0)
+    monkeypatch.setattr(stepper_module, "COMPANY_SHARE", 6000.0)  # the clock is not what ends the waiting here
+    engines = []
+    audience = Audience(tmp_path, lambda *args: engines.append(Noting(*args)) or engines[0])
+    stepper, ended = audience.stepper, threading.Semaphore(0)
+    audience.react = lambda peer, message: isinstance(message, Step) and [
+        ended.release() for output in message.outputs if output.finish_reason
+    ]
+    stepper.start()
+    stepper.post("a", request("first"))
+    stepper.post("b", request("second"))
+    ended.acquire(), ended.acquire()
+    del engines[0].step_rids[:]
+    stepper.post("a", request("third"))
+    while engines[0].num_added < 3:  # it was taken, and could start
+        time.sleep(0.001)
+    assert not engines[0].step_rids
+    stepper.post("b", request("fourth"))
+    ended.acquire(), ended.acquire()
+    assert engines[0].step_rids[0] == ["fourth", "third"]
+    stepper.drain()
+    stepper.join()
