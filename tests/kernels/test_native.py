@@ -23,7 +23,7 @@ from crane.models.files import Checkpoint, TensorInfo, open_checkpoint
 from crane.models.layers import GatedMLP
 from crane.models.registry import load_model
 from crane.models.weights import Weights
-from tests.kernels import test_native_best, test_native_sampling
+from tests.kernels import test_native_best, test_native_layers, test_native_sampling
 from tests.models.paged import PagedRun
 from tests.tiny import make_tiny
 
@@ -158,6 +158,7 @@ def test_without_avx512_products_and_draws_are_the_same(tmp_path, monkeypatch):
     for kind in ("Q4_1", "Q5_0", "Q6_K", "Q8_0"):
         test_every_number_of_rows_and_any_last_panel_are_right(library, kind, 0)
         test_a_paired_weight_gates_to_the_bits_of_gate_and_up_computed_one_after_the_other(library, kind)
+    test_native_layers.test_the_gate_holds_at_the_ends_of_the_range()
     test_native_sampling.check_cases()
     test_native_sampling.test_whole_vocabularies_are_drawn_from_as_defined("flat")
     test_native_best.test_they_are_those_of_all_logits_after_the_same_changes(1)

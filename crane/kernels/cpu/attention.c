@@ -174,26 +174,23 @@ INLINE void fetch(Ahead *a) {
 /* The weights of all positions, exp(score - largest), rounded to bfloat16, as AMX wants its first operand: for each
 32 positions [16 heads][32]. Returns their sums and the largest scores by head. */
 INLINE vf weigh(const vf *scores, int64_t count, float scale, vu *weights, vf *most, Ahead *ahead) {
-    vf largest = SPREAD(-INFINITY), total = {};
+    vf largest = SPREAD(-INFINITY), even = {}, odd = {};
     for (int64_t t = 0; t < count; t++) largest = max_v(largest, scores[t]);
     *most = largest * SPREAD(scale);
+    vf factor = SPREAD(scale * 1.44269504f), offset = largest * factor;
     for (int64_t t = 0; t < count; t += 32, weights += 16) {
         vu pairs[16];
         for (int64_t i = 0; i < 16; i++) {
-            vu each[2];
+            int64_t at = t + 2 * i;
             if (i % 4 == 0) fetch(ahead);
-            for (int64_t j = 0; j < 2; j++) {
-                int64_t at = t + 2 * i + j;
-                each[j] = (vu){};
-                vf power = (scores[at] - largest) * SPREAD(scale * 1.44269504f);
-                if (at < count) each[j] = round_bf16(exp2_v(power)) & 0xffff0000;
-                total += (vf)each[j];
-            }
-            pairs[i] = each[0] >> 16 | each[1];
+            vf a = at < count ? exp2_v(scores[at] * factor - offset) : (vf){};
+            vf b = at + 1 < count ? exp2_v(scores[at + 1] * factor - offset) : (vf){};
+            even += a, odd += b;
+            pairs[i] = pair_bf16(a, b);
         }
         transpose(pairs, weights);
     }
-    return total;
+    return even + odd;
 }
 
 /* Scores of up to 2 * BLOCK positions from keys[0] and keys[1] on: two sums at once hide how long each takes. */

@@ -123,15 +123,25 @@ INLINE vf exp_v(vf x) {
     return (vf)((vi)p + ((vi)shifted << 23));
 }
 
-/* 2^x to 3e-6, for what is rounded to bfloat16, of x < 127; exactly 0 from -127 down. By a polynomial on [-1/2, 1/2]. */
+/* 2^x to 3e-6, for what is rounded to bfloat16, of x < 127; below 1e-38 from -127 down. x = n + r, 2^r by a polynomial
+on [0, 1] that is 1 at 0. */
 INLINE vf exp2_v(vf x) {
-    x = max_v(x, SPREAD(-127.0f));
-    vf shifted = x + SPREAD(12582912.0f), r = x - (shifted - SPREAD(12582912.0f)), y = SPREAD(9.58285312e-3f);
-    y = y * r + SPREAD(5.59064259e-2f);
-    y = y * r + SPREAD(2.40240986e-1f);
-    y = y * r + SPREAD(6.93124193e-1f);
+#ifdef __AVX512DQ__
+    vf r = (vf)_mm512_reduce_ps((__m512)x, 9); /* what is above the next lower integer */
+#else
+    x = max_v(x, SPREAD(-126.9f));
+    vf shifted = x - SPREAD(0.5f) + SPREAD(12582912.0f), r = x - (shifted - SPREAD(12582912.0f));
+#endif
+    vf y = SPREAD(1.342675e-2f);
+    y = y * r + SPREAD(5.224237e-2f);
+    y = y * r + SPREAD(2.4128025e-1f);
+    y = y * r + SPREAD(6.9304484e-1f);
     y = y * r + SPREAD(1.0f);
+#ifdef __AVX512DQ__
+    return (vf)_mm512_scalef_ps((__m512)y, (__m512)x);
+#else
     return (vf)((vi)y + ((vi)shifted << 23));
+#endif
 }
 
 /* Activations are bfloat16 or float32. */

@@ -132,7 +132,7 @@ INLINE void weigh(vf *scores, int64_t count, vi visible, float factor, vu *weigh
     for (int64_t t = 0; t < count; t += 2) {
         vf a = exp2_v(scores[t] * scale - offset), b = exp2_v(scores[t + 1] * scale - offset);
         even += a, odd += b;
-        weights[t / 2] = ((vu)a + 0x8000) >> 16 | (((vu)b + 0x8000) & 0xffff0000);
+        weights[t / 2] = pair_bf16(a, b);
     }
     *total = *total * keep + (even + odd);
     if (_mm512_cmpneq_ps_mask((__m512)now, (__m512)*most))

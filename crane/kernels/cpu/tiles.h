@@ -13,6 +13,9 @@ INLINE void configure_tiles(const int *rows) {
     _tile_loadconfig(&c);
 }
 
+/* Rounded, side by side in each lane; of ties the larger. */
+INLINE vu pair_bf16(vf a, vf b) { return ((vu)a + 0x8000) >> 16 | (((vu)b + 0x8000) & 0xffff0000); }
+
 /* rows and columns of 16 x 16 numbers of 32 bits change places */
 INLINE void transpose(const vu *from, vu *to) {
     __m512i a[16], b[16];
