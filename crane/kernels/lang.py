@@ -8,7 +8,11 @@ import functools
 
 import torch
 
+from crane import kernels
+
 try:
+    if not kernels.use_triton:
+        raise ImportError
     import triton
     import triton.language as tl
     from triton import constexpr_function, jit
@@ -35,10 +39,10 @@ LOG2E = 1.4426950408889634
 
 def missing(device: torch.device) -> str | None:
     """Why no Triton kernel at all can run on this device, or None."""
-    if triton is None:
-        return "triton is not installed"
     if device.type != "cuda" and not INTERPRETED:
         return f"triton does not run on {device.type}"
+    if triton is None:
+        return "triton is not installed"
     return None
 
 

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from crane import __version__
+from crane import __version__, kernels
 from crane.errors import CraneError
 from crane.runtime import launch
 from crane.runtime.settings import Settings, prefer_waiting_threads
@@ -326,6 +326,9 @@ def load_engine(settings: Settings, progress: Callable[[int, int], None] | None 
     prefer_waiting_threads()
     gc.disable()
     try:
+        import torch
+
+        kernels.use_triton = settings.kernels == "triton" or (torch.cuda.is_available() and not settings.cpu)
         from crane.runtime.engine import Engine
 
         return Engine(settings, progress)
