@@ -34,14 +34,8 @@ def models() -> dict[str, type[Decoder]]:
     return dict(_MODELS)
 
 
-def load_model(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    progress: Callable[[int, int], None] | None = None,
-    exact: bool = True,
-) -> Decoder:
+def load_model(checkpoint: Checkpoint, config: ModelConfig, device: torch.device | str, dtype: torch.dtype,
+               progress: Callable[[int, int], None] | None = None, exact: bool = True) -> Decoder:
     """The model of a checkpoint, its weights on `device` in `dtype`, ready to run.
 
     exact: whether nothing is rounded further than to `dtype`; else weights in GGUF blocks may stay quantised.

@@ -35,16 +35,8 @@ class Tokenizer:
     special_tokens: {"bos_token": text, ...}, what chat templates are given.
     """
 
-    def __init__(
-        self,
-        vocab: FastVocab | PieceVocab,
-        *,
-        special_ids: Iterable[int],
-        special_tokens: Mapping[str, str],
-        prefix_ids: Sequence[int] = (),
-        suffix_ids: Sequence[int] = (),
-        vocab_size: int | None = None,
-    ):
+    def __init__(self, vocab: FastVocab | PieceVocab, *, special_ids: Iterable[int], special_tokens: Mapping[str, str],
+                 prefix_ids: Sequence[int] = (), suffix_ids: Sequence[int] = (), vocab_size: int | None = None):
         self._vocab = vocab
         self._bytes: dict[int, bytes] = {}
         self.whole_texts: dict[int, str] = {}
@@ -105,13 +97,8 @@ class Tokenizer:
         decoder = self.decoder(skip_special_tokens)
         return "".join([decoder.push(token_id) for token_id in ids]) + decoder.flush()
 
-    def decoder(
-        self,
-        skip_special_tokens: bool = True,
-        prompt_ids: Sequence[int] = (),
-        continuing: bool = False,
-        keep_ids: frozenset[int] = frozenset(),
-    ) -> "IncrementalDecoder":
+    def decoder(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = (), continuing: bool = False,
+                keep_ids: frozenset[int] = frozenset()) -> "IncrementalDecoder":
         """A decoder for tokens that follow `prompt_ids`. keep_ids: special tokens that are not skipped.
 
         A character that the prompt leaves unfinished is completed. SentencePiece's own space
@@ -146,14 +133,8 @@ class IncrementalDecoder:
     model with padded logits could pick, have no text.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        skip_special_tokens: bool,
-        prompt_ids: Sequence[int],
-        continuing: bool,
-        keep_ids: frozenset[int] = frozenset(),
-    ):
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_ids: Sequence[int], continuing: bool,
+                 keep_ids: frozenset[int] = frozenset()):
         self._vocab_size = tokenizer.vocab_size
         self._token_bytes = tokenizer.token_bytes
         self._whole_texts = tokenizer.whole_texts

@@ -163,15 +163,8 @@ class PieceVocab:
     between two such tokens is encoded as a text of its own, leading space included.
     """
 
-    def __init__(
-        self,
-        processor: sentencepiece.SentencePieceProcessor,
-        *,
-        add_space_prefix: bool,
-        extra: dict[int, str] | None = None,
-        split_special: dict[str, int],
-        split_always: dict[str, int],
-    ):
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor, *, add_space_prefix: bool,
+                 extra: dict[int, str] | None = None, split_special: dict[str, int], split_always: dict[str, int]):
         self._processor = processor
         self._extra = extra or {}
         self._extra_ids = {token: token_id for token_id, token in self._extra.items()}

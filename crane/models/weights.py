@@ -48,16 +48,8 @@ class Weights:
     progress(loaded_bytes, total_bytes): called after each tensor, bytes as in the file.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: ModelConfig,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        exact: bool = True,
-        progress: Callable[[int, int], None] | None = None,
-    ):
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype,
+                 exact: bool = True, progress: Callable[[int, int], None] | None = None):
         """Raises ModelError when a header is broken."""
         self.checkpoint = checkpoint
         self.config = config

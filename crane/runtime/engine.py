@@ -91,19 +91,12 @@ class Engine:
         self._prefill, self._decode = _Rate(), _Rate()
         self._forecast = Forecast(self.scheduler, settings.max_queue)
         self.info = EngineInfo(
-            pid=os.getpid(),
-            model_path=settings.model_path,
-            model_type=config.model_type,
-            dtype=str(dtype).removeprefix("torch."),
-            device=str(device),
-            max_model_len=self.memory.max_model_len,
-            vocab_size=vocab_size,
-            num_pages=self.memory.pool.num_pages,
-            page_size=settings.page_size,
-            max_concurrent=settings.max_concurrent,
-            decode_tokens_per_seq=settings.decode_tokens_per_seq,
+            pid=os.getpid(), model_path=settings.model_path, model_type=config.model_type,
+            dtype=str(dtype).removeprefix("torch."), device=str(device), max_model_len=self.memory.max_model_len,
+            vocab_size=vocab_size, num_pages=self.memory.pool.num_pages, page_size=settings.page_size,
+            max_concurrent=settings.max_concurrent, decode_tokens_per_seq=settings.decode_tokens_per_seq,
             kv_capacity=self.memory.capacity(),
-        )
+        )  # fmt: skip
         log.info("%s on %s in %s: %s", config.model_type, device, self.info.dtype, self.memory.describe())
 
     @property

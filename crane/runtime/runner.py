@@ -210,16 +210,11 @@ class ModelRunner:
         width = max(-(-end // self.page_size) for end in ends)
         table = [row.sequence.pages[:width] for row in rows]
         return ForwardContext(
-            positions=self._ints(positions),
-            slots=self._ints(slots),
-            query_lens=[row.count for row in rows],
-            query_starts=query_starts,
-            context_lens=ends,
+            positions=self._ints(positions), slots=self._ints(slots), query_lens=[row.count for row in rows],
+            query_starts=query_starts, context_lens=ends,
             page_table=self._ints([pages + [0] * (width - len(pages)) for pages in table]),
-            kv=self.kv,
-            page_size=self.page_size,
-            fixed=fixed,
-        )
+            kv=self.kv, page_size=self.page_size, fixed=fixed,
+        )  # fmt: skip
 
     def _pool(self, row: Row, hidden: Tensor, picked: Picked, launched: Launched) -> None:
         """The sequence's last hidden state, or the mean of all, once the row completes it.

@@ -141,12 +141,8 @@ class Sequence:
         admitted = now if self.admitted_s is None else self.admitted_s
         first = now if self.first_token_s is None else self.first_token_s
         return Usage(
-            prompt_tokens=self.num_prompt,
-            completion_tokens=self.num_output,
-            cached_tokens=self.num_cached,
-            queue_s=admitted - self.arrival_s,
-            prefill_s=first - admitted,
-            decode_s=now - first,
+            prompt_tokens=self.num_prompt, completion_tokens=self.num_output, cached_tokens=self.num_cached,
+            queue_s=admitted - self.arrival_s, prefill_s=first - admitted, decode_s=now - first,
             reasoning_tokens=self.constraint.reasoning_tokens if self.constraint else 0,
             num_preemptions=self.num_preemptions,
-        )
+        )  # fmt: skip
