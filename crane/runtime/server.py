@@ -10,18 +10,20 @@ import asyncio
 import contextlib
 import gc
 import logging
+import mmap
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from crane import __version__, kernels
 from crane.errors import CraneError
 from crane.runtime import launch
-from crane.runtime.settings import Settings, prefer_waiting_threads
+from crane.runtime.settings import Settings, num_cores, prefer_waiting_threads
 from crane.runtime.stepper import Stepper
 from crane.runtime.types import (
     Abort, Call, EngineInfo, Generate, Hello, Leave, Rejected, Reply, Resume, State,
@@ -46,6 +48,12 @@ IDLE_TICK_S = 2.0
 # A worker that starts us holds the lock for moments; a stopped one must not keep us from serving.
 LOCK_TICK_S = 0.02
 RECORD_S = 2.0
+# See `_memory_at_hand`. Bytes: less is there at once; more is not touched while torch is imported.
+_LEAST_TOUCHED, _MOST_TOUCHED = 64 << 20, 1 << 30
+_TOUCH = """import mmap, sys
+memory = mmap.mmap(-1, int(sys.argv[1]), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_HUGEPAGE)
+for at in range(0, len(memory), 2 << 20): memory[at] = 1"""
 
 
 class Peer(asyncio.Protocol):
@@ -317,6 +325,27 @@ class Server:
         return "" if self._told_failure or self.place.arbiter_pid is not None else self.state.reason
 
 
+@contextlib.contextmanager
+def _memory_at_hand(model_path: str) -> Iterator[None]:
+    """Have another process touch as much memory as the weights' files are large, then leave it to the system again.
+
+    A host takes back what its virtual machines do not use, and a GB that it has to give anew takes it 1.5 s. In
+    threads of this process others would wait for that, too.
+    """
+    process, path = None, Path(model_path)
+    with contextlib.suppress(OSError, ValueError):  # what is wrong with the files is said when they are read
+        files = [path] if path.is_file() else path.glob("*.safetensors")
+        num_bytes = min(sum(file.stat().st_size for file in files), _MOST_TOUCHED)
+        if num_bytes >= _LEAST_TOUCHED and num_cores() > 1 and hasattr(mmap, "MADV_HUGEPAGE"):
+            process = subprocess.Popen([sys.executable, "-ISc", _TOUCH, str(num_bytes)], stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
 def load_engine(settings: Settings, progress: Callable[[int, int], None] | None = None):
     """The real engine. Imports torch, so it is called on the stepper's thread, after the socket is bound.
 
@@ -326,10 +355,11 @@ def load_engine(settings: Settings, progress: Callable[[int, int], None] | None 
     prefer_waiting_threads()
     gc.disable()
     try:
-        import torch
+        with _memory_at_hand(settings.model_path):
+            import torch
 
-        kernels.use_triton = settings.kernels == "triton" or (torch.cuda.is_available() and not settings.cpu)
-        from crane.runtime.engine import Engine
+            kernels.use_triton = settings.kernels == "triton" or (torch.cuda.is_available() and not settings.cpu)
+            from crane.runtime.engine import Engine
 
         return Engine(settings, progress)
     finally:

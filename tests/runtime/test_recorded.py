@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import gc
-import importlib.util
 import random
 import subprocess
 import sys
@@ -290,25 +289,3 @@ def test_the_first_recorded_step_does_not_load_torchs_compiler(tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, timeout=100)
     assert done.stdout == "for 1 rows so far False\n", done.stderr
-
-
-@pytest.mark.parametrize("forced", [False, True])
-def test_the_engine_process_loads_triton_only_where_it_may_be_used(tmp_path, forced):
-    path = str(make_tiny(tmp_path, "qwen3"))
-    program = """if True:
-        import sys
-        from crane.errors import SettingsError
-        from crane.runtime.server import load_engine
-        from crane.runtime.settings import Settings
-        try:
-            load_engine(Settings(model_path=sys.argv[1], cpu=True, kernels=sys.argv[2], max_model_len=64))
-        except SettingsError as error:
-            print(error)
-        print("triton" in sys.modules)
-    """
-    given = [path, "triton" if forced else "auto"]
-    done = subprocess.run([sys.executable, "-c", program, *given], capture_output=True, text=True, timeout=100)
-    if forced and importlib.util.find_spec("triton"):
-        assert done.stdout == "--kernels triton: triton does not run on cpu\nTrue\n", done.stderr
-    else:
-        assert done.stdout.splitlines()[-1] == "False", done.stderr
