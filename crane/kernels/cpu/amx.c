@@ -151,7 +151,7 @@ INLINE void widen_and_multiply(const Product *p, int64_t panel, int both, int ro
 block at a time, so that the nearest cache keeps the block while all rows pass; sums wait in memory for the next block.
 Before each step a little of what comes next is fetched and widened, so that memory and vector units work while tiles
 are multiplied. A row's products are added up in the same order as with fewer rows: its sums have the same bits. */
-#define BLOCK 7         /* tiles of columns in a block */
+#define DEPTH 7         /* tiles of columns in a block */
 #define MOST_ROWS 512   /* at a time */
 #define MOST_PANELS 16  /* a task's */
 #define CACHE (1 << 20) /* bytes of x that stay in the second cache beside the rest */
@@ -179,8 +179,8 @@ static void lay_out(void *argument, int64_t row_block) {
     const Many *m = argument;
     int64_t columns = m->p->w->num_columns, tiles = columns / TILE, rows = min(m->rows - row_block * 32, 32);
     const uint16_t *from = (const uint16_t *)m->p->x + (m->row + row_block * 32) * columns;
-    for (int64_t tile = 0; tile < tiles; tile += BLOCK) {
-        int64_t count = min(tiles - tile, BLOCK);
+    for (int64_t tile = 0; tile < tiles; tile += DEPTH) {
+        int64_t count = min(tiles - tile, DEPTH);
         uint8_t *to = m->x + (tile * m->row_blocks + row_block * count) * 2048;
         for (int64_t r = 0; r < rows; r++)
             for (int64_t t = 0; t < count; t++)
@@ -191,10 +191,10 @@ static void lay_out(void *argument, int64_t row_block) {
 /* Block `at` of a task's: all pairs of a group of panels, then the next columns, then the next group; none past the
 last, `blocks`. */
 INLINE Block block_at(const Weight *w, int64_t first, int64_t panels, int64_t group, int64_t at, int64_t blocks) {
-    int64_t column_blocks = (num_tiles(w) + BLOCK - 1) / BLOCK;
-    int64_t pair = at / (group * column_blocks) * group + at % group, tile = at / group % column_blocks * BLOCK;
+    int64_t column_blocks = (num_tiles(w) + DEPTH - 1) / DEPTH;
+    int64_t pair = at / (group * column_blocks) * group + at % group, tile = at / group % column_blocks * DEPTH;
     if (at >= blocks) return (Block){0};
-    return (Block){first + 2 * pair, min(panels - 2 * pair, 2), tile, min(num_tiles(w) - tile, BLOCK)};
+    return (Block){first + 2 * pair, min(panels - 2 * pair, 2), tile, min(num_tiles(w) - tile, DEPTH)};
 }
 
 INLINE const uint8_t *block_start(const Weight *w, const Block *block, int64_t step) {
@@ -258,8 +258,8 @@ INLINE void many_rows(const Many *m, int64_t first, int64_t panels, int bits, in
     const Weight *w = m->p->w;
     int64_t tiles = num_tiles(w), bytes = bits == 16 ? 1024 : tile_size(bits, groups, has_offset);
     int64_t pairs = (panels + 1) / 2, group = m->is_large ? pairs : 1;
-    int64_t each = group * ((tiles + BLOCK - 1) / BLOCK), blocks = pairs / group * each;
-    uint8_t wide[2][2 * BLOCK * 1024] __attribute__((aligned(64)));
+    int64_t each = group * ((tiles + DEPTH - 1) / DEPTH), blocks = pairs / group * each;
+    uint8_t wide[2][2 * DEPTH * 1024] __attribute__((aligned(64)));
     float *sums = crane_scratch(pairs * m->row_blocks * 4096);
     Ahead ahead = {.next = block_at(w, first, panels, group, 0, blocks), .room = wide[0]};
     if (bits != 16)
