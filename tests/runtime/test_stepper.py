@@ -2,7 +2,9 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from crane.runtime import stepper as stepper_module
@@ -172,3 +174,24 @@ def test_a_burst_to_an_idle_engine_starts_in_one_step_once_there_was_one_before(
     assert engines[0].step_rids[0] == ["fourth", "third"]
     stepper.drain()
     stepper.join()
+
+
+@pytest.mark.parametrize("long_s, device, pauses", [(0.0, "cpu", 2), (60.0, "cpu", 0), (0.0, "cuda", 0)])
+def test_first_tokens_get_out_before_the_cores_are_busy_again(tmp_path, monkeypatch, long_s, device, pauses):
+    def engine(*args):
+        made = FakeEngine(*args)
+        made.info = msgspec.structs.replace(made.info, device=device)
+        return made
+
+    def react(peer, message):
+        if isinstance(message, Step) and message.outputs[0].finish_reason:
+            audience.stepper.post("b", request("second")) if peer == "a" else audience.stepper.drain()
+
+    slept = []
+    monkeypatch.setattr(stepper_module, "LONG_STEP_S", long_s)
+    monkeypatch.setattr(stepper_module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=slept.append))
+    audience = Audience(tmp_path, engine)
+    audience.react = react
+    audience.stepper.post("a", request("first"))
+    audience.stepper.run()
+    assert len(audience.outputs("a")) > 1 and slept == [stepper_module.LET_OUT_S] * pauses
