@@ -31,8 +31,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from crane.bench import http  # noqa: E402
-from crane.bench.report import SETTLE_S, numbers, table  # noqa: E402
+from crane.bench import SETTLE_S, http  # noqa: E402
+from crane.bench.report import numbers, table  # noqa: E402
 from crane.models.files import open_checkpoint  # noqa: E402
 from crane.models.tokenizer import load_tokenizer  # noqa: E402
 from crane.runtime.settings import Settings  # noqa: E402

@@ -15,9 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from crane.bench import subjects
+from crane.bench import SETTLE_S, subjects
 from crane.bench.cell import Cell, Timing
-from crane.bench.report import SETTLE_S, numbers, plot_bars, table
+from crane.bench.report import numbers, plot_bars, table
 from crane.errors import CraneError, SettingsError
 from crane.runtime.settings import Settings, num_cores, parse
 

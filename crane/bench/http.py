@@ -21,7 +21,8 @@ import time
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from crane.bench.report import SETTLE_S, numbers, plot_bars, table
+from crane.bench import SETTLE_S
+from crane.bench.report import numbers, plot_bars, table
 from crane.errors import CraneError, SettingsError
 
 WORDS = (

@@ -5,9 +5,6 @@ from collections.abc import Callable
 
 from crane.errors import SettingsError
 
-# between the turns of two: OpenMP's threads look for work for 0.2 s before they sleep, on the next one's cores
-SETTLE_S = 0.5
-
 
 def table(rows: list[dict]) -> str:
     """The rows under one head, columns as wide as they need to be."""

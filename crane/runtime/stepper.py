@@ -149,10 +149,11 @@ class Stepper(threading.Thread):
             messages += self._waiting.prepare(engine)
             self._deliver(messages)  # an answer need not wait for the step
             if engine.has_work:
-                since_s, outputs = time.monotonic(), self._step(engine)
-                starts = any(output.rid in self._owners and not self._owners[output.rid].heard for output in outputs)
+                outputs, step_s = self._step(engine)
+                is_long = engine.info.device == "cpu" and step_s >= LONG_STEP_S
+                starts = is_long and any(o.rid in self._owners and not self._owners[o.rid].heard for o in outputs)
                 self._deliver(self._route(outputs) + self._waiting.follow(outputs))
-                if starts and engine.info.device == "cpu" and time.monotonic() - since_s >= LONG_STEP_S:
+                if starts:
                     time.sleep(LET_OUT_S)
             if self._num_broken >= MAX_BROKEN_STEPS:
                 raise RuntimeError(f"{self._num_broken} steps in a row failed")
@@ -283,7 +284,8 @@ class Stepper(threading.Thread):
             owner.peer = peer
         return answers
 
-    def _step(self, engine) -> list[Output]:
+    def _step(self, engine) -> tuple[list[Output], float]:
+        """What a step gives, and the seconds it took."""
         self._rested = False
         self.step_since_s = time.monotonic()
         try:
@@ -291,13 +293,13 @@ class Stepper(threading.Thread):
         except Exception as error:  # the engine answers what it can itself; here all that runs is broken
             log.exception("an engine step failed")
             outputs = engine.fail_all(f"the engine failed: {type(error).__name__}")
-        self._company.stepped(time.monotonic() - self.step_since_s)
-        self.step_since_s = None
+        step_s, self.step_since_s = time.monotonic() - self.step_since_s, None
+        self._company.stepped(step_s)
         if outputs:
             # a grammar that does not work out is its request's fault
             broken = all(o.finish_reason == "error" and not (o.error or "").startswith("the grammar") for o in outputs)
             self._num_broken = self._num_broken + 1 if broken else 0
-        return outputs
+        return outputs, step_s
 
     def _route(self, outputs: list[Output]) -> list[tuple]:
         """One Step message per peer. Outputs of peers that are gone are dropped."""
