@@ -162,6 +162,7 @@ class Server:
             if self._loaded is not None:
                 self._announce_ready()
             self._watch_step()
+            self.deliver(self._stepper.held())  # of a long step
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._tick_s())
             self._wake.clear()

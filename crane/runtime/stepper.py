@@ -1,10 +1,12 @@
 """The thread that owns the engine: loads it, feeds it, steps it, routes its outputs."""
 
+import contextlib
 import logging
 import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -103,6 +105,8 @@ class Stepper(threading.Thread):
         self._owners: dict[str, _Owner] = {}
         self._waiting = Waiting()
         self._company = Company(settings.max_step_tokens)
+        # Nobody needs them before the tokens, and to deliver them takes a core from the step that has just begun.
+        self._held: deque[tuple] = deque()
         self._journal = Journal(settings.journal_memory, settings.journal_s)
         self._unheard: list[str] = []  # requests to end: nobody listens, and nobody can any more
         self._draining = False
@@ -117,6 +121,14 @@ class Stepper(threading.Thread):
     def drain(self) -> None:
         """From any thread: end once nothing runs."""
         self._inbox.put((0.0, None, _DRAIN))
+
+    def held(self) -> list[tuple]:
+        """From any thread: acceptances that wait for the end of a step. The caller delivers them."""
+        messages = []
+        with contextlib.suppress(IndexError):
+            while True:
+                messages.append(self._held.popleft())
+        return messages
 
     def run(self) -> None:
         progress = Progress(lambda *sizes: self._tell(self._listener.loading, *sizes))
@@ -147,12 +159,15 @@ class Stepper(threading.Thread):
                 messages += self._desert(engine, rid)
             self._unheard.clear()
             messages += self._waiting.prepare(engine)
-            self._deliver(messages)  # an answer need not wait for the step
+            if engine.has_work and all(isinstance(message, Accepted) for _, message in messages):
+                self._held.extend(messages)
+            else:
+                self._deliver(messages)  # an answer need not wait for the step
             if engine.has_work:
                 outputs, step_s = self._step(engine)
                 is_long = engine.info.device == "cpu" and step_s >= LONG_STEP_S
                 starts = is_long and any(o.rid in self._owners and not self._owners[o.rid].heard for o in outputs)
-                self._deliver(self._route(outputs) + self._waiting.follow(outputs))
+                self._deliver(self.held() + self._route(outputs) + self._waiting.follow(outputs))
                 if starts:
                     time.sleep(LET_OUT_S)
             if self._num_broken >= MAX_BROKEN_STEPS:

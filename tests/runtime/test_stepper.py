@@ -10,8 +10,8 @@ import pytest
 from crane.runtime import stepper as stepper_module
 from crane.runtime.settings import Settings
 from crane.runtime.stepper import Company, Stepper
-from crane.runtime.types import Call, Generate, Leave, Output, Rejected, Reply, Resume, SamplingParams, Step
-from tests.fake_engine import FakeEngine
+from crane.runtime.types import Accepted, Call, Generate, Leave, Output, Rejected, Reply, Resume, SamplingParams, Step
+from tests.fake_engine import REFUSE, FakeEngine
 
 
 class Audience:
@@ -99,6 +99,27 @@ def test_a_question_that_breaks_the_engine_is_answered_and_costs_nobody_anything
     (reply,) = [message for peer, message in audience.heard if peer == "b"]
     assert reply == Reply(1, error="the engine failed on this request: ValidationError")
     assert audience.outputs("a")[-1].finish_reason == "length"
+
+
+def test_acceptances_come_with_the_first_outputs_but_refusals_and_what_comes_with_them_before(tmp_path):
+    audience = Audience(tmp_path)
+    deliveries, deliver = [], audience.deliver
+
+    def note(messages):
+        deliveries.append([(peer, type(message)) for peer, message in messages])
+        deliver(messages)
+
+    def react(peer, message):
+        if isinstance(message, Step) and len(deliveries) == 1:
+            audience.stepper.post("a", request("two"))
+            audience.stepper.post("b", Generate("no", [REFUSE], SamplingParams()))
+            audience.stepper.drain()
+
+    audience.deliver, audience.react = note, react
+    audience.stepper.post("a", request("one"))
+    audience.stepper.run()
+    assert deliveries[:2] == [[("a", Accepted), ("a", Step)], [("a", Accepted), ("b", Rejected)]]
+    assert len(audience.outputs("a")) == 4 and audience.stepper.held() == []
 
 
 class Clocked:
