@@ -44,9 +44,9 @@ _SIGNATURES = {
     "crane_pack": (None, [_POINTER, c_int32, _POINTER, c_int64, _POINTER, _POINTER, c_int64, c_int64]),
     "crane_pack_file": (c_int32, [_POINTER] + [c_int32] * 2 + [c_int64] * 4),
     "crane_rows": (None, [_POINTER, _POINTER, c_int64, _POINTER, c_int32]),
-    "crane_linear": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int64, c_int32, c_int32]),
-    "crane_gated": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int32]),
-    "crane_best": (c_int32, [_POINTER, _POINTER, c_int64, c_int32, c_int32, c_int64] + [_POINTER] * 3),
+    "crane_linear": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER, c_int64, c_int32]),
+    "crane_gated": (None, [_POINTER, _POINTER, c_int64, c_int32, _POINTER]),
+    "crane_best": (c_int32, [_POINTER, _POINTER, c_int64, c_int32, c_int64] + [_POINTER] * 3),
     "crane_screen": (None, [_POINTER, _POINTER, c_uint64]),
     "crane_rms_norm": (None, [_POINTER, _POINTER, c_float, _POINTER, _POINTER, c_int64, c_int64, c_int64, c_int32]),
     "crane_silu_mul": (None, [_POINTER, _POINTER, c_int64, c_int64, c_int32]),
@@ -70,7 +70,7 @@ class Weight(ctypes.Structure):
     _fields_ = [
         ("panels", c_void_p), ("bias", c_void_p), ("num_rows", c_int64), ("num_columns", c_int64),
         ("bits", c_int32), ("groups", c_int32), ("has_offset", c_int32), ("shift", c_int32),
-        ("is_paired", c_int32),
+        ("is_paired", c_int32), ("amx_rows", c_int32),
     ]  # fmt: skip
 
 
@@ -236,18 +236,18 @@ def check(path: str) -> None:
     torch.manual_seed(0)
     codes = torch.randint(-8, 8, (48, 64), dtype=torch.int8)
     scale = torch.full((48, 2), 0.5)
-    weight = Weight(None, None, 48, 64, 4, 1, 0, 8)
+    weight = Weight(None, None, 48, 64, 4, 1, 0, 8, 0, 1)
     panels = torch.zeros(made.crane_weight_bytes(ctypes.byref(weight)), dtype=torch.uint8)
     weight.panels = panels.data_ptr()
     made.crane_pack(ctypes.byref(weight), 0, codes.data_ptr(), 0, scale.data_ptr(), None, 0, 48)
     x = torch.randint(-127, 128, (35, 64)).float()
     x[:, ::32] = 127  # so that 8 bits hold each value exactly, as bfloat16 does
-    for given, rows, method in ((x, 35, 0), (x.bfloat16(), 35, 1), (x.bfloat16(), 19, 1)):
+    for given, rows in ((x, 35), (x.bfloat16(), 35), (x.bfloat16(), 19)):
         out = torch.zeros(rows, 48)
         kind = DTYPES[given.dtype]
-        made.crane_linear(ctypes.byref(weight), given.data_ptr(), rows, kind, out.data_ptr(), 48, 0, method)
+        made.crane_linear(ctypes.byref(weight), given.data_ptr(), rows, kind, out.data_ptr(), 48, 0)
         expected = x[:rows] @ codes.T.float() * 0.5
-        assert torch.allclose(out, expected, rtol=1e-5), f"method {method} computes something else"
+        assert torch.allclose(out, expected, rtol=1e-5), f"{rows} rows of {given.dtype} are multiplied wrongly"
 
 
 def has_amx() -> bool:

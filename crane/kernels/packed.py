@@ -37,7 +37,7 @@ _IN_C = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16"]
 PANEL_ROWS, _TILE_COLUMNS = 16, 32
 # Rows of x from which AMX may be faster than integers, although it widens the weight first: what is tried.
 _AMX_ROWS = (4, 6, 7, 8, 10, 12, 16, 24, 32)
-_NEVER = 1 << 62
+_NEVER = 0
 _MOST_SCREENED = 16384  # columns for which screen.c bounds what it misses
 _BLOCK_ROWS = 64  # what a screen spares, or not, together
 _CACHE_BYTES = 6 << 20  # more than two cores keep for themselves
@@ -173,14 +173,14 @@ def _measure_amx_rows(kind: tuple[int, int, int], num_rows: int, columns: int) -
     x = torch.randn(_AMX_ROWS[-1], columns).bfloat16()
     out = torch.empty(_AMX_ROWS[-1], num_rows, dtype=torch.bfloat16)
 
-    def seconds(rows: int, method: int) -> float:
-        struct.panels = next(copies).data_ptr()
+    def seconds(rows: int, amx_rows: int) -> float:
+        struct.panels, struct.amx_rows = next(copies).data_ptr(), amx_rows
         started = time.perf_counter()
-        call(address, x.data_ptr(), rows, 1, out.data_ptr(), num_rows, 1, method)
+        call(address, x.data_ptr(), rows, 1, out.data_ptr(), num_rows, 1)
         return time.perf_counter() - started
 
     for rows in _AMX_ROWS:
-        integers, amx = zip(*((seconds(rows, 0), seconds(rows, 1)) for _ in range(12)))
+        integers, amx = zip(*((seconds(rows, _NEVER), seconds(rows, 1)) for _ in range(12)))
         if min(amx) < min(integers):
             return rows
     return _NEVER
@@ -210,16 +210,15 @@ class PackedLinear:
         self._call = native.library().crane_linear
         self.screen: native.Screen | None = None
         start = 0
-        self._plan = []  # (the struct's address, first output feature, rows of x from which AMX multiplies)
+        self._plan = []  # (the struct's address, first output feature)
         for part in parts:
-            count = part.shape[0]
-            if bias is not None:
-                part.bias = bias[start : start + count].float().contiguous()
-                part.struct.bias = part.bias.data_ptr()
             struct = part.struct
-            amx_rows = _amx_rows((struct.bits, struct.groups, struct.has_offset), *part.shape)
-            self._plan.append((ctypes.addressof(struct), start, amx_rows))
-            start += count
+            if bias is not None:
+                part.bias = bias[start : start + part.shape[0]].float().contiguous()
+                struct.bias = part.bias.data_ptr()
+            struct.amx_rows = _amx_rows((struct.bits, struct.groups, struct.has_offset), *part.shape)
+            self._plan.append((ctypes.addressof(struct), start))
+            start += part.shape[0]
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x: [num_rows, in_features]. Returns [num_rows, out_features] of `dtype`, else of x's."""
@@ -227,9 +226,8 @@ class PackedLinear:
         x = x.contiguous()
         out = torch.empty(num_rows, width, dtype=dtype or x.dtype)
         code, out_code, at, size = native.DTYPES[x.dtype], native.DTYPES[out.dtype], out.data_ptr(), out.itemsize
-        for struct, start, amx_rows in self._plan:
-            method = num_rows >= amx_rows and x.dtype == torch.bfloat16
-            self._call(struct, x.data_ptr(), num_rows, code, at + start * size, width, out_code, method)
+        for struct, start in self._plan:
+            self._call(struct, x.data_ptr(), num_rows, code, at + start * size, width, out_code)
         return out
 
     @property
@@ -239,11 +237,10 @@ class PackedLinear:
 
     def gated(self, x: Tensor) -> Tensor:
         """`silu_mul` of y, of which no more is written: [num_rows, out_features / 2] of x's dtype."""
-        ((struct, _, amx_rows),) = self._plan
-        x, num_rows = x.contiguous(), len(x)
-        out = torch.empty(num_rows, self.out_features // 2, dtype=x.dtype)
-        method = num_rows >= amx_rows and x.dtype == torch.bfloat16
-        native.library().crane_gated(struct, x.data_ptr(), num_rows, native.DTYPES[x.dtype], out.data_ptr(), method)
+        ((struct, _),) = self._plan
+        x = x.contiguous()
+        out = torch.empty(len(x), self.out_features // 2, dtype=x.dtype)
+        native.library().crane_gated(struct, x.data_ptr(), len(x), native.DTYPES[x.dtype], out.data_ptr())
         return out
 
     def add_screen(self, seed: int | None = None) -> None:
@@ -271,11 +268,10 @@ class PackedLinear:
     def best(self, x: Tensor, columns: int, changes: native.Changes | None = None) -> Tensor:
         """Where y has its maximum among the first `columns`, of equals the lowest: int64 [num_rows]. Of one part.
         changes: what is done to y before, but masks; a recorded call reads anew what they are."""
-        ((struct, _, amx_rows),) = self._plan
-        x, num_rows = x.contiguous(), len(x)
-        ids, method = torch.empty(num_rows, dtype=torch.int64), num_rows >= amx_rows and x.dtype == torch.bfloat16
+        ((struct, _),) = self._plan
+        x, ids = x.contiguous(), torch.empty(len(x), dtype=torch.int64)
         code, screen = native.DTYPES[x.dtype], self.screen and ctypes.byref(self.screen)
         places = screen, ctypes.byref(changes or native.Changes()), ids.data_ptr()
-        if native.library().crane_best(struct, x.data_ptr(), num_rows, code, method, columns, *places):
+        if native.library().crane_best(struct, x.data_ptr(), len(x), code, columns, *places):
             raise MemoryError("no memory to look for the best tokens in")
         return ids

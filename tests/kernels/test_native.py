@@ -103,12 +103,13 @@ def test_a_product_with_blocks_is_off_by_its_rounding_only(c_kernels, kind, rows
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", [0, 1])
-def test_every_number_of_rows_and_any_last_panel_are_right(c_kernels, kind, method):
-    """method 1 is AMX where the processor has it. x holds integers with a largest of 127, which 8 bits keep."""
+@pytest.mark.parametrize("amx_rows", [0, 1])
+def test_every_number_of_rows_and_any_last_panel_are_right(c_kernels, kind, amx_rows):
+    """amx_rows 1 is AMX where the processor has it. x holds integers with a largest of 127, which 8 bits keep."""
     for features in (5, 77):
         weight = random_weight(kind, features, 256)
         struct = pack_blocks(weight).struct
+        struct.amx_rows = amx_rows
         values = pack_blocks(weight).rows(torch.arange(features), torch.float32).double()
         x = torch.randint(-127, 128, (40, 256), generator=torch.manual_seed(features))
         x[:, ::32] = 127
@@ -118,10 +119,10 @@ def test_every_number_of_rows_and_any_last_panel_are_right(c_kernels, kind, meth
             out = torch.full((rows + 1, features + 3), 7.0)
             given = x[:rows].bfloat16()
             c_kernels.crane_linear(
-                ctypes.addressof(struct), given.data_ptr(), rows, 1, out.data_ptr(), features + 3, 0, method
+                ctypes.addressof(struct), given.data_ptr(), rows, 1, out.data_ptr(), features + 3, 0
             )
             error = (out[:rows, :features] - exact[:rows]).norm() / exact[:rows].norm()
-            assert error < (1e-5 if method == 0 or not native.has_amx() else 1e-2)
+            assert error < (1e-5 if amx_rows == 0 or not native.has_amx() else 1e-2)
             assert (out[rows] == 7).all() and (out[:, features:] == 7).all()
 
 
@@ -192,11 +193,11 @@ def test_a_row_has_the_same_bits_among_few_rows_and_many_on_amx(c_kernels, kind)
     x, bias = torch.randn(600, 1280).bfloat16(), torch.randn(77)
     matrix = torch.randn(77, 1280).bfloat16() if kind == "BF16" else random_weight(kind, 77, 1280)
     weight = pack("BF16", 77, 1280, [matrix]) if kind == "BF16" else pack_blocks(matrix)
-    weight.struct.bias = bias.data_ptr()
+    weight.struct.bias, weight.struct.amx_rows = bias.data_ptr(), 1
 
     def product(rows, dtype):
         out = torch.full((len(rows) + 1, 80), 7, dtype=dtype)
-        given = (rows.data_ptr(), len(rows), 1, out.data_ptr(), 80, native.DTYPES[dtype], 1)
+        given = (rows.data_ptr(), len(rows), 1, out.data_ptr(), 80, native.DTYPES[dtype])
         c_kernels.crane_linear(ctypes.addressof(weight.struct), *given)
         assert (out[-1] == 7).all() and (out[:, 77:] == 7).all()
         return out[:-1, :77]
@@ -364,8 +365,8 @@ def test_a_forked_child_computes_alone(c_kernels):
     child = os.fork()
     if child == 0:
         try:
-            address, _, _ = linear._plan[0]
-            c_kernels.crane_linear(address, x.data_ptr(), 2, 0, out.data_ptr(), 512, 0, 0)
+            address, _ = linear._plan[0]
+            c_kernels.crane_linear(address, x.data_ptr(), 2, 0, out.data_ptr(), 512, 0)
         finally:  # whatever happens, the child must not go on with the tests
             os._exit(0 if torch.equal(out, expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
@@ -386,7 +387,7 @@ def test_rows_for_amx_are_measured_once_for_each_kind_and_shape(c_kernels, tmp_p
     monkeypatch.setattr(native, "_notes", tmp_path / "notes.json")
     weights = [random_weight("Q8_0", 640, 512), random_weight("Q8_0", 500, 480), random_weight("Q4_0", 512, 2048)]
     for _ in range(2):
-        found = [PackedLinear([pack_blocks(weight)])._plan[0][2] for weight in weights]
+        found = [PackedLinear([pack_blocks(weight)]).parts[0].struct.amx_rows for weight in weights]
         assert found[0] == found[1] and set(found) <= {*packed._AMX_ROWS, packed._NEVER}
     notes = json.loads((tmp_path / "notes.json").read_text())
     assert notes == {"amx_rows 8.1.0 512x512": found[0], "amx_rows 4.1.0 512x2048": found[2]}

@@ -45,7 +45,7 @@ def logits(weight, x):
     """What crane computes from integers, however many rows there are: float32 [len(x), rows of the weight]."""
     out = torch.empty(len(x), weight.shape[0])
     native.library().crane_linear(
-        ctypes.byref(weight.struct), x.data_ptr(), len(x), native.DTYPES[x.dtype], out.data_ptr(), out.shape[1], 0, 0
+        ctypes.byref(weight.struct), x.data_ptr(), len(x), native.DTYPES[x.dtype], out.data_ptr(), out.shape[1], 0
     )
     return out
 
@@ -53,7 +53,7 @@ def logits(weight, x):
 def screened(weight, seed=1):
     """A product with that weight that always multiplies integers and has a screen."""
     linear = PackedLinear([weight])
-    linear._plan = [(*linear._plan[0][:2], _NEVER)]
+    weight.struct.amx_rows = _NEVER
     linear.add_screen(seed)
     return linear
 

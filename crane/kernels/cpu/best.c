@@ -54,7 +54,7 @@ static int32_t run_best(const void *argument) {
         part.bias = part.bias ? part.bias + first : NULL;
         part.num_rows = count;
         Product product = {.w = &part, .x = p->x, .out = room, .num_rows = p->num_rows, .out_stride = stride,
-                           .dtype = p->dtype, .out_dtype = FLOAT32, .method = p->method};
+                           .dtype = p->dtype, .out_dtype = FLOAT32};
         crane_product(&product);
         Slice slice = {room, count, stride, first, p->ids, most, p->changes};
         crane_parallel(search_row, &slice, p->num_rows);
@@ -63,12 +63,12 @@ static int32_t run_best(const void *argument) {
 }
 
 /* x: [num_rows, num_columns] of dtype, contiguous. ids: [num_rows], where among the first `columns` of the weight's rows
-each row of x has its largest product, of equals the lowest. method: as for `crane_linear`. screen: of the weight, or
-NULL. changes: of products before they are compared, without masks; read when the call is made, and made again. Returns
-0, or 1 when there is no memory. */
-int32_t crane_best(const Weight *w, const void *x, int64_t num_rows, int32_t dtype, int32_t method, int64_t columns,
+each row of x has its largest product, of equals the lowest. screen: of the weight, or NULL.
+changes: of products before they are compared, without masks; read when the call is made, and made again. Returns 0, or
+1 when there is no memory. */
+int32_t crane_best(const Weight *w, const void *x, int64_t num_rows, int32_t dtype, int64_t columns,
                    Screen *screen, const Changes *changes, int64_t *ids) {
-    screen = method == INTEGERS && num_rows <= SCREENED ? screen : NULL;
-    Best p = {w, x, num_rows, columns, ids, dtype, method, screen, changes};
+    screen = num_rows <= SCREENED && !is_for_amx(w, num_rows, dtype) ? screen : NULL;
+    Best p = {w, x, num_rows, columns, ids, dtype, screen, changes};
     return crane_call("best token", run_best, &p, sizeof p);
 }

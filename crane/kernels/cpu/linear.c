@@ -38,7 +38,7 @@ void crane_rows(const Weight *w, const int64_t *ids, int64_t count, void *out, i
 int32_t crane_product(const void *argument) {
     Product p = *(const Product *)argument;
 #ifdef HAVE_AMX
-    if (p.method == AMX && crane_has_amx()) { /* which also asks the system for permission */
+    if (is_for_amx(p.w, p.num_rows, p.dtype)) {
         crane_amx_product(&p);
         return 0;
     }
@@ -48,17 +48,17 @@ int32_t crane_product(const void *argument) {
 }
 
 /* x: [num_rows, num_columns] of dtype, contiguous. out: rows of out_dtype, out_stride elements apart, starting at
-this weight's first column. method: INTEGERS, or AMX for bfloat16 x where `crane_has_amx`. */
+this weight's first column. */
 void crane_linear(const Weight *w, const void *x, int64_t num_rows, int32_t dtype, void *out, int64_t out_stride,
-                  int32_t out_dtype, int32_t method) {
+                  int32_t out_dtype) {
     Product p = {.w = w, .x = x, .out = out, .num_rows = num_rows, .out_stride = out_stride, .dtype = dtype,
-                 .out_dtype = out_dtype, .method = method};
+                 .out_dtype = out_dtype};
     crane_call("product", crane_product, &p, sizeof p);
 }
 
 /* silu(gate) * up with the gate and up of a paired weight. out: [num_rows, half of the weight's rows] of dtype. */
-void crane_gated(const Weight *w, const void *x, int64_t num_rows, int32_t dtype, void *out, int32_t method) {
+void crane_gated(const Weight *w, const void *x, int64_t num_rows, int32_t dtype, void *out) {
     Product p = {.w = w, .x = x, .out = out, .num_rows = num_rows, .out_stride = w->num_rows / 2, .dtype = dtype,
-                 .out_dtype = dtype, .method = method, .is_gated = 1};
+                 .out_dtype = dtype, .is_gated = 1};
     crane_call("product", crane_product, &p, sizeof p);
 }

@@ -7,8 +7,6 @@
 scale * sum(q), or without offsets the integer that stands for them, -shift * sum(q). */
 typedef struct { float scale, sum[2]; int32_t start[2]; } Round;
 
-enum { INTEGERS = 0, AMX = 1 }; /* methods */
-
 /* What is known of 16 rows of a screen's products (screen.c) with each row of x: [num_rows, num_panels] each.
 listed: bits of those that are left out, since they are to be changed; NULL: none. lanes: [.., 2, 16], middle and upper
 of each by itself where there are such. */
@@ -19,7 +17,7 @@ typedef struct {
     const void *x;
     void *out;
     int64_t num_rows, out_stride, blocks_per_task;
-    int32_t dtype, out_dtype, method, is_gated;
+    int32_t dtype, out_dtype, is_gated;
     int8_t *q;     /* [num_columns / 32, num_rows, 32] */
     Round *rounds; /* [num_columns / 32, num_rows] */
     /* Integers only. blocks: the blocks of panels to multiply, or NULL: all. bounds: what to find instead of out. */
@@ -31,7 +29,7 @@ typedef struct {
 
 #define BLOCK 4 /* panels */
 
-int32_t crane_product(const void *product); /* linear.c: by its method; 0 */
+int32_t crane_product(const void *product); /* linear.c: on AMX or with integers; 0 */
 void crane_integer_product(Product *p); /* integer.c */
 void crane_amx_product(Product *p);     /* amx.c, where HAVE_AMX */
 
@@ -52,7 +50,7 @@ typedef struct {
     const void *x;
     int64_t num_rows, columns;
     int64_t *ids;
-    int32_t dtype, method;
+    int32_t dtype;
     Screen *screen; /* of w, or NULL */
     const Changes *changes; /* of sums, without masks */
 } Best;

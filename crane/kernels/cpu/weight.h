@@ -28,7 +28,13 @@ typedef struct {
     int64_t num_rows, num_columns;
     int32_t bits, groups, has_offset, shift;
     int32_t is_paired; /* then num_rows is a multiple of 32 */
+    int32_t amx_rows;  /* from so many rows of bfloat16 x on AMX multiplies, where there is one; 0: never */
 } Weight;
+
+/* whether AMX multiplies so many rows; asks the system for permission, too */
+INLINE int is_for_amx(const Weight *w, int64_t num_rows, int32_t dtype) {
+    return dtype == BFLOAT16 && w->amx_rows && num_rows >= w->amx_rows && crane_has_amx();
+}
 
 INLINE int64_t tile_size(int bits, int groups, int has_offset) {
     return 32 * groups * (1 + has_offset) + (bits == 8 ? 512 : 256 + 64 * (bits - 4));
