@@ -4,13 +4,12 @@
 """
 
 import sys
-import time
 
-from crane.bench.cell import Cell, Timing, answer, prompts
+from crane.bench.cell import answer_by_two_runs
 
 
 def main() -> None:
-    """Load the model, answer cells. vLLM tells no step times: a cell runs twice, once without its later tokens."""
+    """Load the model, answer cells."""
     from vllm import LLM, SamplingParams
 
     model, dtype, max_len = sys.argv[1:]
@@ -18,23 +17,12 @@ def main() -> None:
         model, dtype=dtype, max_model_len=int(max_len), enforce_eager=True, enable_prefix_caching=False,
         max_num_seqs=64, max_num_batched_tokens=max(2048, int(max_len)),
     )  # fmt: skip
-    vocab_size = engine.llm_engine.model_config.get_vocab_size()
-    num_asked = 0
 
-    def run(cell: Cell, tokens: int) -> float:
-        nonlocal num_asked
-        num_asked += 1
-        batch = [{"prompt_token_ids": ids} for ids in prompts(cell, vocab_size, num_asked)]
+    def generate(prompts: list[list[int]], tokens: int) -> None:
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-        started = time.perf_counter()
-        engine.generate(batch, params, use_tqdm=False)
-        return time.perf_counter() - started
+        engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
-    def measure(cell: Cell) -> Timing:
-        prefill_s = run(cell, 1)
-        return Timing(prefill_s, run(cell, 1 + cell.tokens) - prefill_s, cell.batch * cell.tokens)
-
-    answer(f"vllm {dtype}", measure)
+    answer_by_two_runs(f"vllm {dtype}", engine.llm_engine.model_config.get_vocab_size(), generate)
 
 
 if __name__ == "__main__":
