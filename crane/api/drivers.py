@@ -5,6 +5,7 @@ and noticing that a client is gone, which aborts its requests.
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -43,6 +44,16 @@ class Resource:
         """How errors are written to clients that call this path with `method`."""
         return self._error_replies.get(method) or error_reply
 
+    @contextlib.contextmanager
+    def _errors_put(self, endpoint: Endpoint, resp) -> Iterator[None]:
+        """What goes wrong inside becomes the response; what falcon raises, falcon answers."""
+        try:
+            yield
+        except falcon.HTTPError:
+            raise
+        except Exception as error:
+            put_error(resp, error, self.error_reply(endpoint.method))
+
 
 class AsgiResource(Resource):
     """The endpoints of one path, for falcon.asgi."""
@@ -64,15 +75,8 @@ class AsgiResource(Resource):
             return await _generate_async(site.link, answer, req.scope, resp)
 
         async def respond(req, resp, **params):
-            try:
-                answer = await answer_of(get_site(), req, resp, params)
-            except falcon.HTTPError:
-                raise
-            except Exception as error:
-                put_error(resp, error, self.error_reply(endpoint.method))
-            else:
-                if answer is not None:
-                    put(resp, answer)
+            with self._errors_put(endpoint, resp):
+                put(resp, await answer_of(get_site(), req, resp, params))
 
         return respond
 
@@ -92,15 +96,8 @@ class WsgiResource(Resource):
             return _generate_blocking(site.link, answer, req.env, resp)
 
         def respond(req, resp, **params):
-            try:
-                answer = answer_of(get_site(), req, resp, params)
-            except falcon.HTTPError:
-                raise
-            except Exception as error:
-                put_error(resp, error, self.error_reply(endpoint.method))
-            else:
-                if answer is not None:
-                    put(resp, answer)
+            with self._errors_put(endpoint, resp):
+                put(resp, answer_of(get_site(), req, resp, params))
 
         return respond
 
@@ -189,8 +186,10 @@ def wait_blocking(stream, client: WsgiClient, until: float) -> list[Output] | No
             return None
 
 
-def put(resp, reply: Reply) -> None:
-    """A Reply as falcon's response, WSGI or ASGI."""
+def put(resp, reply: Reply | None) -> None:
+    """A Reply as falcon's response, WSGI or ASGI. None: it is a stream already."""
+    if reply is None:
+        return
     resp.status = reply.status
     resp.data = reply.body
     resp.content_type = JSON
