@@ -108,7 +108,6 @@ def _hf_config(checkpoint: Checkpoint) -> ModelConfig:
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         dtype=_hf_dtype(fields, checkpoint),
         eos_token_ids=tuple(sorted(eos)),
-        bos_token_id=min(fields.token_ids("bos_token_id", vocab_size), default=None),
     )
     return checked(fields.path, config)
 

@@ -65,7 +65,6 @@ def read_gguf_config(checkpoint: Checkpoint) -> ModelConfig:
         tie_word_embeddings="output.weight" not in tensors,
         dtype=stored_dtype(checkpoint),
         eos_token_ids=_gguf_eos(tokenizer, vocab_size),
-        bos_token_id=min(tokenizer.token_ids("bos_token_id", vocab_size), default=None),
     )
     return checked(path, config)
 

@@ -53,7 +53,6 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: str  # of the checkpoint: "float32" | "float16" | "bfloat16"; quantised blocks count as bfloat16
     eos_token_ids: tuple[int, ...]  # every id that ends an answer, ascending
-    bos_token_id: int | None
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,6 @@ class Tokenizer:
         self.vocab_size = vocab.size if vocab_size is None else vocab_size
         self.special_ids = frozenset(special_ids)
         self.special_tokens = dict(special_tokens)
-        self.bos_token = self.special_tokens.get("bos_token")
-        self.eos_token = self.special_tokens.get("eos_token")
 
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Ids of `text`.

@@ -154,10 +154,6 @@ class DecodeGraphs:
         self.reason = _why_not(kv)  # why there are no graphs, or None
 
     @property
-    def num_captured(self) -> int:
-        return len(self._steps)
-
-    @property
     def state(self) -> str:
         """One line: for how many rows there are graphs, and why there are no more."""
         done = f"for {', '.join(map(str, sorted(self._steps)))} rows" if self._steps else "none"

@@ -74,7 +74,7 @@ def test_config_agrees_with_transformers(tmp_path, arch):
         "num_kv_heads": "num_key_value_heads", "intermediate_size": "intermediate_size",
         "vocab_size": "vocab_size",
         "max_position": "max_position_embeddings", "rms_norm_eps": "rms_norm_eps",
-        "tie_word_embeddings": "tie_word_embeddings", "bos_token_id": "bos_token_id",
+        "tie_word_embeddings": "tie_word_embeddings",
     }  # fmt: skip
     for our_name, their_name in pairs.items():
         assert getattr(ours, our_name) == getattr(theirs, their_name), our_name
@@ -119,7 +119,7 @@ def test_defaults_are_those_of_the_family(tmp_path):
     config = load_config(folder(tmp_path, LLAMA))
     assert (config.num_kv_heads, config.head_dim, config.rope) == (4, 16, RopeConfig(10000.0))
     assert config.tie_word_embeddings is False and config.dtype == "bfloat16"
-    assert config.eos_token_ids == () and config.bos_token_id is None
+    assert config.eos_token_ids == ()
     qwen3 = {**LLAMA, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
     assert load_config(folder(tmp_path, qwen3)).head_dim == 128
 
@@ -306,7 +306,7 @@ def test_real_llama_config(smollm2):
     sizes = (config.hidden_size, config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim)
     assert sizes == (576, 30, 9, 3, 64)
     assert config.rope == RopeConfig(100000.0) and config.max_position == 8192 and config.tie_word_embeddings
-    assert config.eos_token_ids == (0, 2) and config.bos_token_id == 1
+    assert config.eos_token_ids == (0, 2)
 
 
 def test_real_qwen2_config(qwen_coder):
