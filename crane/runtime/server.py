@@ -9,8 +9,10 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import itertools
 import logging
 import mmap
+import operator
 import os
 import signal
 import subprocess
@@ -94,12 +96,12 @@ class Peer(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._server.part(self)
 
-    def send(self, message) -> None:
-        """Never waits: what the worker does not read is buffered, within limits."""
+    def send(self, *messages) -> None:
+        """In one write. Never waits: what the worker does not read is buffered, within limits."""
         if self.transport.is_closing():
             return
         try:
-            self.transport.write(pack(message))
+            self.transport.write(b"".join(map(pack, messages)))
         except WireError as error:
             log.error("a worker's link is cut: %s", error)
             self.transport.abort()
@@ -226,8 +228,8 @@ class Server:
         self._wake.set()
 
     def deliver(self, messages: list) -> None:
-        for peer, message in messages:
-            peer.send(message)
+        for peer, theirs in itertools.groupby(messages, operator.itemgetter(0)):
+            peer.send(*[message for _, message in theirs])
 
     def drained(self) -> None:
         self._drained = True
