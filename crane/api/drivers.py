@@ -45,7 +45,7 @@ class Resource:
         return self._error_replies.get(method) or error_reply
 
     @contextlib.contextmanager
-    def _errors_put(self, endpoint: Endpoint, resp) -> Iterator[None]:
+    def _errors_into(self, resp, endpoint: Endpoint) -> Iterator[None]:
         """What goes wrong inside becomes the response; what falcon raises, falcon answers."""
         try:
             yield
@@ -75,7 +75,7 @@ class AsgiResource(Resource):
             return await _generate_async(site.link, answer, req.scope, resp)
 
         async def respond(req, resp, **params):
-            with self._errors_put(endpoint, resp):
+            with self._errors_into(resp, endpoint):
                 put(resp, await answer_of(get_site(), req, resp, params))
 
         return respond
@@ -96,7 +96,7 @@ class WsgiResource(Resource):
             return _generate_blocking(site.link, answer, req.env, resp)
 
         def respond(req, resp, **params):
-            with self._errors_put(endpoint, resp):
+            with self._errors_into(resp, endpoint):
                 put(resp, answer_of(get_site(), req, resp, params))
 
         return respond
